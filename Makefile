@@ -1,0 +1,29 @@
+# The two commands of a fresh machine are `make demo` and `make test`; both make their own .venv.
+.PHONY: demo test lint tiny
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+tiny demo: .venv/installed
+	cd model_hub && python convert_llama_weights_to_hf.py --input_dir ./ --model_size tiny --output_dir ./tiny-hf
+	cd model_hub && python merge_llama_with_chinese_lora.py --base_model "./tiny-hf" --lora_model "./chinese-llama-plus-lora-tiny,./chinese-alpaca-plus-lora-tiny" --output_type "huggingface" --output_dir "./chinese-alpaca-tiny"
+	python process.py
+	$(if $(filter demo,$@),deepspeed train_trainer.py --num_train_epochs=1)
+	$(if $(filter demo,$@),python test.py)
+	$(if $(filter demo,$@),python predict.py)
+
+test: .venv/tools
+	python -m pytest
+
+lint: .venv/tools
+	ruff check .
+	ruff format --check .
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	python -m pip install --upgrade pip
+	python -m pip install -r requirements.txt
+	touch $@
+
+.venv/tools: .venv/installed
+	python -m pip install pytest==9.2.0 ruff==0.17.6
+	touch $@

@@ -1,0 +1,530 @@
+"""A script's CONFIG dict + its command line + a DeepSpeed file -> args, and args <-> train_args.json.
+
+    CONFIG = {"data_name": "demo", "lora": {"r": 8}}       # --data_name=msra --lora_r=16
+    def main(args): print(args.lora_r)
+    if __name__ == "__main__":
+        run_script(main, CONFIG, __file__)
+
+Nested keys are joined by `_`, on the command line and as attributes. The type of the default decides the type of an
+option. Where CONFIG holds `deepspeed_json_path`, the leaves of the DeepSpeed file are options as well
+(`--deepspeed_optimizer_params_lr=1e-4`) and `args.deepspeed` is the merged dict. Only the standard library is imported,
+and nothing here knows a device. The command line is read here rather than by argparse, whose rule for values that start
+with `-` differs between Python versions and whose errors are not one line.
+"""
+
+import ast
+import copy
+import difflib
+import io
+import json
+import math
+import os
+import re
+import sys
+import tokenize
+from typing import NamedTuple
+
+RUNTIME_KEYS = ("local_rank",)  # set by the launcher for one run, so never saved
+BARE_MEANS_TRUE = ("resume", "compile")  # strings whose option may stand alone, as that of a bool may
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+# What the DeepSpeed file calls it -> what CONFIG calls it.
+BATCH_KEYS = {
+    "train_micro_batch_size_per_gpu": "train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+
+# Names that people type out of habit -> the option that holds that number here.
+ALIASES = {
+    "lr": "deepspeed_optimizer_params_lr",
+    "learning_rate": "deepspeed_optimizer_params_lr",
+    "weight_decay": "deepspeed_optimizer_params_weight_decay",
+    "betas": "deepspeed_optimizer_params_betas",
+    "adam_beta1": "deepspeed_optimizer_params_betas",
+    "adam_beta2": "deepspeed_optimizer_params_betas",
+    "eps": "deepspeed_optimizer_params_eps",
+    "adam_epsilon": "deepspeed_optimizer_params_eps",
+    "optim": "deepspeed_optimizer_type",
+    "max_grad_norm": "deepspeed_gradient_clipping",
+    "gradient_clipping": "deepspeed_gradient_clipping",
+    "zero_stage": "deepspeed_zero_optimization_stage",
+    "fp16": "precision",
+    "bf16": "precision",
+    "dtype": "precision",
+    "torch_dtype": "precision",
+    "deepspeed_fp16_enabled": "precision",
+    "deepspeed_bf16_enabled": "precision",
+    "batch_size": "train_batch_size",
+    "micro_batch_size": "train_batch_size",
+    "per_device_train_batch_size": "train_batch_size",
+    "train_micro_batch_size_per_gpu": "train_batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "warmup_steps": "warmup_ratio",
+    "num_warmup_steps": "warmup_ratio",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "logging_steps": "log_steps",
+    "output_dir": "save_dir",
+    "model_name_or_path": "model_dir",
+    "lora_path": "lora_model",
+    "lora_rank": "lora_r",
+    "cutoff_len": "max_seq_length",
+    "resume_from_checkpoint": "resume",
+    "deepspeed": "deepspeed_json_path",
+    "deepspeed_config": "deepspeed_json_path",
+    "deepspeed_jaon_path": "deepspeed_json_path",
+}
+
+
+class UserError(Exception):
+    """Bad input of the user: the message names file, line, key or value and the remedy; run_script prints it alone."""
+
+
+class ConfigError(UserError, ValueError):
+    """A CONFIG dict that cannot be turned into options."""
+
+
+class Option(NamedTuple):
+    path: tuple  # keys from the root of CONFIG, or of the DeepSpeed file
+    default: object
+    kind: str  # as shown to the user: "int", "str or None", "list of float", "auto or bool", …
+    in_deepspeed: bool = False
+
+
+class Config:
+    """Frozen settings: every leaf of a nested dict by its option name; `str()` lists them, one aligned line each.
+
+    `nested` is the nested dict, `deepspeed` the merged DeepSpeed settings (None for a script without); both are copies.
+    """
+
+    def __init__(self, nested, deepspeed=None):
+        leaves = _flatten(nested)
+        self.__dict__["_nested"] = copy.deepcopy(nested)
+        self.__dict__["_deepspeed"] = copy.deepcopy(deepspeed)
+        settings = _flatten(deepspeed or {}, ("deepspeed",))
+        self.__dict__["_values"] = {name: _at(nested, path) for name, path in leaves.items()}
+        self.__dict__["_values"] |= {name: _at(deepspeed, path[1:]) for name, path in settings.items()}
+
+    @property
+    def nested(self):
+        return copy.deepcopy(self._nested)
+
+    @property
+    def deepspeed(self):
+        return copy.deepcopy(self._deepspeed)
+
+    def replace(self, **changes):
+        """A copy with some values changed, by option name; `deepspeed=` takes a whole dict."""
+        nested, deepspeed = self.nested, changes.pop("deepspeed", self.deepspeed)
+        paths = _flatten(nested)
+        for name, value in changes.items():
+            if name not in paths:
+                raise AttributeError(self._unknown(name))
+            _at(nested, paths[name][:-1])[paths[name][-1]] = value
+        return Config(nested, deepspeed)
+
+    def _unknown(self, name):
+        return f"no setting {name!r}" + _closest(name, self._values, ", did you mean {!r}?")
+
+    def __getattr__(self, name):
+        # copy and pickle probe underscore names on an object whose __dict__ is still empty
+        if name.startswith("_"):
+            raise AttributeError(name)
+        if name not in self._values:
+            raise AttributeError(self._unknown(name))
+        return copy.deepcopy(self._values[name])
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"settings are frozen; use args.replace({name}=…)")
+
+    def __delattr__(self, name):
+        raise AttributeError("settings are frozen")
+
+    def __eq__(self, other):
+        same = isinstance(other, Config)
+        return same and (self._nested, self._deepspeed) == (other._nested, other._deepspeed)
+
+    __hash__ = None
+
+    def __str__(self):
+        width = max(map(len, self._values), default=0)
+        return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in self._values.items())
+
+    def __repr__(self):
+        return f"Config({self._nested!r}, deepspeed={self._deepspeed!r})"
+
+
+def parse_config(config, file, argv=None):
+    """CONFIG of the script `file` + command line (default sys.argv[1:]) -> Config; `config` is not changed.
+
+    Bad input prints one line on stderr and exits with 2, `--help` prints and exits with 0. Two keys with one flat name
+    are a ConfigError (a ValueError), since the script itself is wrong then.
+    """
+    options = _options(config)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        settings, path = None, None
+        if "deepspeed_json_path" in options:
+            early = _read_options(argv, options, only=("data_name", "deepspeed_json_path"))
+            path = _deepspeed_path({name: option.default for name, option in options.items()} | early, file)
+            settings = _read_json(path, "repair it, or name another with --deepspeed_json_path")
+            options |= _deepspeed_options(settings, path, options)
+        if "--help" in argv or "-h" in argv:
+            print(_help(config, file, options, path))
+            raise SystemExit(0)
+        config, settings = copy.deepcopy(config), copy.deepcopy(settings)
+        for name, value in _read_options(argv, options).items():
+            *groups, key = options[name].path
+            _at(settings if options[name].in_deepspeed else config, groups)[key] = value
+        if settings is None:
+            return Config(config)
+        args = Config(config, _checked_settings(settings, Config(config), path))
+    except UserError as error:
+        _fail(error)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"DeepSpeed 配置: {path}", file=sys.stderr)
+    return args
+
+
+def run_script(main, config, file, argv=None):
+    """Parse, call `main(args)`, and end bad input in one line and exit code 2, Ctrl-C in exit code 130."""
+    try:
+        main(parse_config(config, file, argv))
+    except UserError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def save_config(args, path, deepspeed=None, **facts):
+    """Write {"config": nested CONFIG without runtime keys, "deepspeed": settings if any, **facts} as JSON.
+
+    `deepspeed`: the settings as they were run, where the device filled in more than args.deepspeed knows.
+    """
+    saved = {"config": {key: value for key, value in args.nested.items() if key not in RUNTIME_KEYS}}
+    deepspeed = args.deepspeed if deepspeed is None else deepspeed
+    if deepspeed is not None:
+        saved["deepspeed"] = deepspeed
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({**saved, **facts}, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def load_config(path):
+    """What save_config wrote -> (Config, facts dict)."""
+    remedy = "train an adapter first, e.g. `deepspeed train_trainer.py`"
+    saved = _read_json(path, remedy)
+    config, deepspeed = saved.pop("config", None), saved.pop("deepspeed", None)
+    if config is None and saved.keys() & {"lora_r", "data_name", "deepspeed_jaon_path", "deepspeed_json_path"}:
+        raise UserError(
+            f"{path}: an adapter of the original scripts, whose prompt put bos between prompt and answer; its answers "
+            "would be wrong with this prompt, so it must be retrained: `deepspeed train_trainer.py`"
+        )
+    if not isinstance(config, dict) or not isinstance(deepspeed, dict | None):
+        raise UserError(f'{path}: no "config" of a training run in it; {remedy}')
+    return Config(config, deepspeed), saved
+
+
+def _fail(error):
+    # On every rank: the launcher kills the others as soon as one exits, so rank 0 alone might never get to say it.
+    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    raise SystemExit(2) from None
+
+
+def _flatten(nested, root=()):
+    """Nested dict -> {flat name: path}; ConfigError where two keys, group names included, share a flat name."""
+    leaves, groups = {}, {}
+
+    def walk(node, path):
+        for key, value in node.items():
+            here = (*path, str(key))
+            name = "_".join(here)
+            if isinstance(value, dict):
+                groups[name] = here
+                walk(value, here)
+            elif name in leaves:
+                raise ConfigError(f"{_dotted(leaves[name])} and {_dotted(here)} are both --{name}; rename one")
+            else:
+                leaves[name] = here
+
+    walk(nested, root)
+    for name in leaves.keys() & groups.keys():
+        raise ConfigError(f"{_dotted(leaves[name])} and {_dotted(groups[name])} are both --{name}; rename one")
+    return leaves
+
+
+def _dotted(path):
+    return repr(".".join(path))
+
+
+def _at(nested, path):
+    for key in path:
+        nested = nested[key]
+    return nested
+
+
+def _options(config):
+    options = {}
+    for name, path in _flatten(config).items():
+        default = _at(config, path)
+        if not isinstance(default, bool | int | float | str | list | None):
+            raise ConfigError(f"CONFIG key {_dotted(path)}: a {type(default).__name__} cannot be an option")
+        if hasattr(Config, name) or name.startswith("_"):
+            raise ConfigError(f"CONFIG key {_dotted(path)}: --{name} is reserved; choose another name")
+        options[name] = Option(path, default, _kind(default))
+    return options
+
+
+def _kind(default):
+    if default is None:
+        return "str or None"
+    if isinstance(default, list):
+        items = [type(item).__name__ for item in default] or ["str"]
+        return "list of " + ("float" if "float" in items else items[0])
+    return type(default).__name__
+
+
+def _read_options(argv, options, only=None):
+    """Command line -> {option name: value}, the last of a name wins; `only`: leave all other options for later."""
+    values, position = {}, 0
+    while position < len(argv):
+        token, position = argv[position], position + 1
+        name, has_value, text = token.removeprefix("--").partition("=")
+        follows = position < len(argv) and not argv[position].startswith("-")
+        known = token.startswith("--") and name in options
+        if not has_value and follows and token.startswith("-"):
+            text, position = argv[position], position + 1
+        if only is not None and name not in only:
+            continue
+        if not known:
+            raise UserError(_unknown_option(token, options))
+        option = options[name]
+        if not has_value and not follows:
+            if option.kind != "bool" and name not in BARE_MEANS_TRUE:
+                raise UserError(f"--{name}: expected a value; one that starts with - needs the =: --{name}=-…")
+            text = "True"
+        try:
+            values[name] = _convert(text, option.kind)
+        except ValueError:
+            kind = option.kind.replace("bool", "bool (True or False)")
+            raise UserError(f"--{name}: expected {kind}, got {text!r}") from None
+    return values
+
+
+def _unknown_option(token, options):
+    if not token.startswith("-"):
+        return f"unexpected argument {token!r}; options are written --name=value"
+    typed = token.partition("=")[0]
+    name = typed.lstrip("-").replace("-", "_")
+    alias = ALIASES.get(name)
+    if alias in options:
+        return f"unknown option {typed}; here it is --{alias}" + _home(options[alias])
+    if name in options:
+        return f"unknown option {typed}, did you mean --{name}?"
+    return f"unknown option {typed}" + (_closest(name, options, ", did you mean --{}?") or "; --help lists the options")
+
+
+def _home(option):
+    return f", {_text(option.default)} in the DeepSpeed file" if option.in_deepspeed else ""
+
+
+def _closest(name, names, sentence):
+    close = difflib.get_close_matches(name.lower(), list(names), n=1)
+    return sentence.format(close[0]) if close else ""
+
+
+def _convert(text, kind):
+    """Text of an option -> value; ValueError if it is not of that kind."""
+    if kind.startswith("list of "):
+        items = [item.strip() for item in text.split(",")] if text.strip() else []
+        if "" in items:
+            raise ValueError
+        return [_convert(item, kind.removeprefix("list of ")) for item in items]
+    if kind.startswith("auto or "):
+        return text if text == "auto" else _convert(text, kind.removeprefix("auto or "))
+    if kind == "bool":
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    if kind in ("int", "number") and re.fullmatch(r"[+-]?[0-9]+", text):
+        return int(text)
+    if kind == "int":
+        raise ValueError
+    if kind in ("float", "number"):
+        if "_" in text or not text.isascii() or not math.isfinite(float(text)):
+            raise ValueError
+        return float(text)
+    return None if kind == "str or None" and text == "None" else text
+
+
+def _text(value):
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("\n", "\\n")
+
+
+def _read_json(path, remedy):
+    """JSON object of a file; UserError naming file, line and column."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # Windows editors write a byte order mark
+            value = json.load(file)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; {remedy}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8; {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}; {remedy}")
+    return value
+
+
+def _deepspeed_path(values, file):
+    """The file asked for, else data/<data_name>/deepspeed.json beside the script, else deepspeed.json there."""
+    if values["deepspeed_json_path"]:
+        return values["deepspeed_json_path"]
+    folder = os.path.dirname(os.path.abspath(file))
+    own = os.path.join(folder, "data", str(values.get("data_name")), "deepspeed.json")
+    return os.path.relpath(own if os.path.exists(own) else os.path.join(folder, "deepspeed.json"))
+
+
+def _deepspeed_options(settings, path, taken):
+    """Leaves of the DeepSpeed file -> options, typed by their values in the file."""
+    options = {}
+    try:
+        leaves = _flatten(settings, ("deepspeed",))
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from None
+    for name, (_, *keys) in leaves.items():
+        default = _at(settings, keys)
+        if name in taken:
+            raise UserError(f"{path}: {_dotted(keys)} and CONFIG key {_dotted(taken[name].path)} are both --{name}")
+        if isinstance(default, list) and any(isinstance(item, dict | list | None) for item in default):
+            continue  # nothing that fits on a command line
+        options[name] = Option(tuple(keys), default, _deepspeed_kind(keys, default), in_deepspeed=True)
+    return options
+
+
+def _deepspeed_kind(keys, default):
+    if default == "auto":
+        return "auto or " + {"enabled": "bool", **dict.fromkeys(BATCH_KEYS, "int")}.get(keys[-1], "number")
+    kind = _kind(default)
+    # JSON has one kind of number: a file that says "weight_decay": 0 must not refuse 0.01
+    real = keys[:2] == ["optimizer", "params"] or keys == ["gradient_clipping"]
+    return kind.replace("int", "float") if real else kind
+
+
+def _checked_settings(settings, args, path):
+    """DeepSpeed settings with the batch numbers of CONFIG filled in; UserError where the two contradict each other.
+
+    bf16 and fp16 are only compared with `precision`; what "auto" means there depends on the device.
+    """
+    if "scheduler" in settings:
+        raise UserError(f'{path}: remove "scheduler"; warm-up and decay are set by --warmup_ratio')
+    values = args._values
+    for key, name in BATCH_KEYS.items():
+        found, asked = settings.get(key, "auto"), values.get(name, 1)
+        if found == "auto":
+            settings[key] = asked
+        elif name in values and found != asked:
+            raise UserError(f'{path}: "{key}" is {found}, but --{name} is {asked}; make them equal or write "auto"')
+    _check_total(settings, path)
+    _check_precision(settings, values.get("precision", "auto"), path)
+    _check_numbers(settings, path)
+    return settings
+
+
+def _check_total(settings, path):
+    found = settings.get("train_batch_size", "auto")
+    if found == "auto":
+        settings.pop("train_batch_size", None)  # DeepSpeed multiplies the three numbers itself
+        return
+    micro, steps = (settings[key] for key in BATCH_KEYS)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != micro * steps * world:
+        raise UserError(
+            f'{path}: "train_batch_size" is {found}, but --train_batch_size {micro} x --gradient_accumulation_steps '
+            f"{steps} x {world} ranks is {micro * steps * world}; remove it or make them equal"
+        )
+
+
+def _check_precision(settings, precision, path):
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
+    enabled = {}
+    for name in ("bf16", "fp16"):
+        section = settings.get(name, {})
+        enabled[name] = section.get("enabled", "auto") if isinstance(section, dict) else None
+        if enabled[name] not in (True, False, "auto"):
+            raise UserError(f'{path}: "{name}" must be {{"enabled": true, false or "auto"}}, got {section!r}')
+    if enabled["bf16"] is True and enabled["fp16"] is True:
+        raise UserError(f'{path}: "bf16.enabled" and "fp16.enabled" are both true; leave one or write "auto"')
+    for name, value in enabled.items():
+        contradicts = value is True if name != precision else value is False
+        if precision != "auto" and contradicts:
+            raise UserError(
+                f'{path}: "{name}.enabled" is {str(value).lower()}, but --precision is {precision}; make them agree or '
+                'write "auto"'
+            )
+
+
+def _check_numbers(settings, path):
+    """The learning rate has its home in the file, and raw DeepSpeed does not know "auto"."""
+    for name, keys in _flatten(settings).items():
+        if _at(settings, keys) == "auto" and keys not in (("bf16", "enabled"), ("fp16", "enabled")):
+            raise UserError(
+                f"{path}: {_dotted(keys)} must be a number, not auto; write one or pass --deepspeed_{name}=…"
+            )
+    try:
+        lr = settings["optimizer"]["params"]["lr"]
+    except (KeyError, TypeError):
+        lr = None
+    if isinstance(lr, bool) or not isinstance(lr, int | float):
+        raise UserError(f'{path}: "optimizer.params.lr" must hold the learning rate, a number such as 1e-4; got {lr!r}')
+
+
+def _help(config, file, options, path):
+    """Module docstring of the script, then a line for each option: name, kind, trailing comment, default."""
+    doc, comments = _source(file)
+    lines = [doc, ""] if doc else []
+    settings = {name: option for name, option in options.items() if option.in_deepspeed}
+    lines += _help_lines({name: option for name, option in options.items() if name not in settings}, comments)
+    if settings:
+        lines += ["", f"DeepSpeed settings, from {path}:", *_help_lines(settings, {})]
+    return "\n".join(lines)
+
+
+def _help_lines(options, comments):
+    width = max((len(name) for name in options), default=0)
+    kinds = max((len(option.kind) for option in options.values()), default=0)
+    for name, option in options.items():
+        comment = comments.get(option.path, "")
+        start = f"  --{name:<{width}}  {option.kind:<{kinds}}  "
+        yield f"{start}{comment}{' ' if comment else ''}[{_text(option.default)}]"
+
+
+def _source(file):
+    """Docstring of a script and {path of a CONFIG key: its trailing comment}; nothing where there is no source."""
+    try:
+        with tokenize.open(file) as source:
+            text = source.read()
+        tree = ast.parse(text)
+    except (OSError, SyntaxError):
+        return "", {}
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    notes = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    comments = {}
+
+    def walk(node, path):
+        for key, value in zip(node.keys, node.values, strict=True):
+            if not isinstance(key, ast.Constant):
+                continue
+            here = (*path, str(key.value))
+            if isinstance(value, ast.Dict):
+                walk(value, here)
+            else:
+                comments[here] = notes.get(value.end_lineno) or notes.get(key.lineno, "")
+
+    for node in tree.body:
+        names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
+        if "CONFIG" in names and isinstance(node.value, ast.Dict):
+            walk(node.value, ())
+    return ast.get_docstring(tree) or "", comments
