@@ -1,0 +1,372 @@
+"""Records <-> prompts <-> token ids, and answers <-> entities: the one place where text meets the model.
+
+The prompt is built, encoded and parsed here and nowhere else, so training, testing, predicting and chatting cannot
+disagree about a byte of it. Nothing here loads weights or reads the command line.
+"""
+
+import hashlib
+import json
+import math
+import random
+from collections import namedtuple
+from pathlib import Path
+from shutil import copyfile
+
+import torch
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+from transformers import SentencePieceBackend
+
+from config_utils import UserError
+
+# The template that Chinese-Alpaca was tuned with (Stanford Alpaca's, for an instruction without a separate input).
+# The one space at its end is a token of its own ("▁"): the answer is encoded separately behind it.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "\n\n### Instruction:\n{instruction}\n\n### Response: "
+)
+PROMPT_SHA256 = hashlib.sha256(PROMPT.encode("utf-8")).hexdigest()
+QUERY_PREFIX = "文本："
+NO_ENTITY = "没有"
+INSTRUCT = (  # {labels}: the names of the types, joined by 、
+    "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
+    "不同实体间用\n分隔。如果没有结果，回答'没有'。"
+)
+IGNORE_INDEX = -100  # torch's cross_entropy skips positions with this label
+BOS, EOS, UNK = 1, 2, 0  # the ids of every LLaMA vocabulary
+
+
+def build_prompt(instruct, query):
+    """The prompt of one example, without bos; an empty query adds no newline."""
+    return PROMPT.replace("{instruction}", f"{instruct}\n{query}" if query else instruct)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tokenizer
+
+
+class ExactTokenizer(SentencePieceBackend):
+    """A LLaMA tokenizer whose ids and text are exactly those of `sentencepiece`, with which the weights were trained.
+
+    transformers' LlamaTokenizer re-derives merges from piece scores; the added Chinese pieces all score 0, so its ids
+    are wrong. SentencePieceBackend encodes right, but decodes byte pieces literally (`<0x0A>`), hence `_decode`.
+    """
+
+    def _decode(self, token_ids, skip_special_tokens=False, **kwargs):
+        token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
+        if skip_special_tokens:
+            special = set(self.all_special_ids)
+            token_ids = [i for i in token_ids if i not in special]
+        return self.sp_model.decode(token_ids)
+
+    def encode_texts(self, texts):
+        """Ids of many texts at once, without specials: list of str -> list of list of int."""
+        return self.sp_model.encode(list(texts))
+
+
+def _special_tokens(vocab_file):
+    """bos, eos, unk and pad as tokenizer_config.json names them; pad is [PAD] where the vocabulary has it."""
+    try:
+        sp = SentencePieceProcessor(model_file=str(vocab_file))
+    except RuntimeError:
+        raise UserError(f"{vocab_file}: not a SentencePiece model; was the download complete?") from None
+    pieces = {name: sp.id_to_piece(i) for name, i in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", UNK))}
+    has_pad = sp.id_to_piece(sp.piece_to_id("[PAD]")) == "[PAD]"
+    # split_special_tokens: a user's text that contains `</s>` stays text; specials are only ever added by id.
+    return {**pieces, "pad_token": "[PAD]" if has_pad else pieces["unk_token"], "split_special_tokens": True}
+
+
+def _vocab_file(model_dir):
+    path = Path(model_dir) / "tokenizer.model"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {how_to_get(model_dir)}")
+    return path
+
+
+def how_to_get(model_dir):
+    """The command that makes a model folder, for error messages."""
+    name = Path(model_dir).name
+    if "tiny" in name:
+        return "make the embedded model with `make tiny` (README.md, 快速开始)"
+    return (
+        f"put the model there, or make {name} with model_hub/convert_llama_weights_to_hf.py and "
+        "model_hub/merge_llama_with_chinese_lora.py (README.md)"
+    )
+
+
+def load_tokenizer(model_dir):
+    """The tokenizer of a folder that holds a `tokenizer.model`; other tokenizer files are not needed or read."""
+    path = _vocab_file(model_dir)
+    return ExactTokenizer(vocab_file=str(path), **_special_tokens(path))
+
+
+def save_tokenizer(vocab_file, out_dir):
+    """Write tokenizer.model and a tokenizer_config.json with which plain AutoTokenizer gives exact ids too."""
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if Path(vocab_file).resolve() != (out_dir / "tokenizer.model").resolve():
+        copyfile(vocab_file, out_dir / "tokenizer.model")
+    config = {"tokenizer_class": "SentencePieceBackend", **_special_tokens(vocab_file), "backend": "sentencepiece"}
+    (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_sha256(model_dir):
+    """Hex digest of tokenizer.model: an adapter only fits the vocabulary it was trained with."""
+    return hashlib.sha256(_vocab_file(model_dir).read_bytes()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# records
+
+
+def read_lines(path):
+    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing, empty or undecodable one."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    number = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); re-encode the file"
+                ) from None
+    if not number:
+        raise UserError(f"{path}: the file is empty")
+
+
+def read_jsonl(path):
+    """Yield (line number, object) of a JSON-lines file; blank lines are skipped. UserError names file and line."""
+    found = False
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
+            ) from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}; one object a line")
+        found = True
+        yield number, record
+    if not found:
+        raise UserError(f"{path}: the file holds no record")
+
+
+def read_examples(path, instruct_column="instruct", query_column="query", response_column="answer"):
+    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities"}; entities is None if not given.
+
+    Only the three columns are required. `text` falls back to the query without its prefix.
+    """
+    columns = {"instruct": instruct_column, "query": query_column, "answer": response_column}
+    option = {"instruct": "instruct_column", "query": "query_column", "answer": "response_column"}
+    examples = []
+    for number, record in read_jsonl(path):
+        example = {}
+        for key, column in columns.items():
+            if column not in record:
+                raise UserError(
+                    f"{path}:{number}: no column {column!r} (there are {', '.join(map(repr, record))}); "
+                    f"name it with --{option[key]}=… or make the file with process.py"
+                )
+            if not isinstance(record[column], str):
+                raise UserError(f"{path}:{number}: column {column!r} must be a string, got {record[column]!r}")
+            example[key] = record[column]
+        example["text"] = record.get("text", example["query"].removeprefix(QUERY_PREFIX))
+        example["entities"] = record.get("entities")
+        examples.append(example)
+    return examples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+ParsedAnswer = namedtuple("ParsedAnswer", "entities malformed unknown_type not_in_text")
+
+
+def format_answer(entities):
+    """The answer that states entities ({"entity", "type", "begin", "end"}): `实体_类型` lines, without repeats."""
+    ordered = sorted(entities, key=lambda e: (e["begin"], -e["end"]))
+    return "\n".join(dict.fromkeys(f"{e['entity']}_{e['type']}" for e in ordered)) or NO_ENTITY
+
+
+def parse_answer(answer, text=None, labels=None):
+    """An answer's entities and what is wrong with it.
+
+    entities: the distinct (entity, type) pairs in order, also those of an unknown type or not in the text.
+    malformed: lines that are not `实体_类型`; unknown_type and not_in_text: pairs that `labels` and `text` refute.
+    """
+    pairs, malformed = [], []
+    lines = [line for line in answer.replace("\r", "").split("\n") if line.strip()]
+    for line in [] if lines == [NO_ENTITY] else lines:
+        entity, _, kind = line.rpartition("_")
+        if entity and kind:
+            pairs.append((entity, kind))
+        else:
+            malformed.append(line)
+    pairs = list(dict.fromkeys(pairs))
+    unknown = [p for p in pairs if labels is not None and p[1] not in labels]
+    absent = [p for p in pairs if text is not None and p[0] not in text]
+    return ParsedAnswer(pairs, malformed, unknown, absent)
+
+
+def locate(text, pairs):
+    """Where entities stand: [(entity, type)] -> [{"entity", "type", "spans": [[begin, end], …]}], end exclusive.
+
+    The answer format has no offsets, so spans are every occurrence that does not lie inside an occurrence of a longer
+    entity of the same answer: 北京 in 北京大学 is no place when 北京大学 is named too.
+    """
+    found = {entity: _occurrences(text, entity) for entity, _ in pairs}
+    located = []
+    for entity, kind in pairs:
+        longer = [span for other, spans in found.items() if len(other) > len(entity) for span in spans]
+        spans = [[b, e] for b, e in found[entity] if not any(lb <= b and e <= le for lb, le in longer)]
+        located.append({"entity": entity, "type": kind, "spans": spans})
+    return located
+
+
+def _occurrences(text, entity):
+    spans, begin = [], text.find(entity)
+    while begin >= 0:
+        spans.append([begin, begin + len(entity)])
+        begin = text.find(entity, begin + len(entity))
+    return spans
+
+
+def gold_entities(example):
+    """What is right for an example, in the shape of `locate`: exact offsets where known, else located by the answer."""
+    if example["entities"] is None:
+        return locate(example["text"], parse_answer(example["answer"]).entities)
+    spans = {}
+    for e in example["entities"]:
+        spans.setdefault((e["entity"], e["type"]), []).append([e["begin"], e["end"]])
+    return [{"entity": entity, "type": kind, "spans": sorted(s)} for (entity, kind), s in spans.items()]
+
+
+def labels_of(examples):
+    """The entity types that occur in the answers, in the order in which the instruction names them."""
+    kinds = dict.fromkeys(kind for e in examples for _, kind in parse_answer(e["answer"]).entities)
+    instruct = examples[0]["instruct"]
+    return sorted(kinds, key=lambda kind: instruct.find(kind) % (len(instruct) + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token ids and batches
+
+
+TokenizedExample = namedtuple("TokenizedExample", "prompt_ids answer_ids")  # lists of int; answer_ids ends with eos
+
+
+def encode_prompts(tokenizer, prompts):
+    """Ids of prompts as the model is to read them: list of str -> list of list of int, each `[bos] + ids`."""
+    return [[BOS, *ids] for ids in tokenizer.encode_texts(prompts)]
+
+
+def encode_examples(tokenizer, examples):
+    """Examples -> list of TokenizedExample. Prompt and answer are encoded separately; only the answer carries loss."""
+    prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
+    answers = tokenizer.encode_texts([e["answer"] for e in examples])
+    return [TokenizedExample(p, [*a, EOS]) for p, a in zip(prompts, answers, strict=True)]
+
+
+def load_instruct_data(path, tokenizer, args):
+    """Records of a file and, as TokenizedExample, those of them that fit into args.max_seq_length."""
+    records = read_examples(path, args.instruct_column, args.query_column, args.response_column)
+    return records, fit_length(encode_examples(tokenizer, records), path, args.max_seq_length, args.too_long)
+
+
+def fit_length(examples, path, max_seq_length, too_long="drop"):
+    """Leave out what is longer than max_seq_length, and say so: cutting would teach answers without an end.
+
+    Returns the examples that fit; UserError when none does, or when too_long is "error" and one does not.
+    """
+    if too_long not in ("drop", "error"):
+        raise UserError(f"--too_long={too_long}: expected drop or error")
+    lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in examples]
+    kept = [e for e, n in zip(examples, lengths, strict=True) if n <= max_seq_length]
+    dropped = len(examples) - len(kept)
+    remedy = f"the longest has {max(lengths)} tokens; raise --max_seq_length"
+    if dropped and too_long == "error":
+        raise UserError(
+            f"{path}: {dropped} of {len(examples)} examples exceed max_seq_length={max_seq_length}; {remedy}"
+        )
+    if not kept:
+        raise UserError(f"{path}: no example fits into max_seq_length={max_seq_length}; {remedy}")
+    if dropped:
+        tqdm.write(
+            f"{path}: 丢弃超过 max_seq_length={max_seq_length} 的样本 {dropped} / {len(examples)} 条"
+            f"（最长 {max(lengths)} 个 token）"
+        )
+    return kept
+
+
+def pad_batch(examples, pad_id):
+    """Examples of one micro-batch, padded on the right to the longest: a dict of [batch, length] tensors.
+
+    An empty micro-batch (a rank that has nothing left in the last step) is one bos without a label: its loss is 0.
+    """
+    rows = [(e.prompt_ids + e.answer_ids, len(e.prompt_ids)) for e in examples] or [([BOS], 1)]
+    length = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor(
+            [[IGNORE_INDEX] * start + ids[start:] + [IGNORE_INDEX] * (length - len(ids)) for ids, start in rows]
+        ),
+    }
+
+
+def optimizer_steps(n, batch_size, accumulation, world_size, seed, epoch):
+    """The order of one epoch: for each optimizer step, for each rank, `accumulation` lists of example indices.
+
+    Every index occurs exactly once. The last step may be smaller; its examples are spread evenly over ranks and
+    micro-batches, some of which may be empty, so that every rank takes part in every step.
+    """
+    order = list(range(n))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    cells = accumulation * world_size
+    for start in range(0, n, batch_size * cells):
+        group = order[start : start + batch_size * cells]
+        parts = [group[len(group) * i // cells : len(group) * (i + 1) // cells] for i in range(cells)]
+        yield [parts[rank * accumulation : (rank + 1) * accumulation] for rank in range(world_size)]
+
+
+class TrainLoader:
+    """One rank's micro-batches, epoch by epoch: the same for both trainers, `accumulation` of them an optimizer step.
+
+    Each batch carries `step_tokens`, the answer tokens of the whole optimizer step (accumulation and ranks included),
+    by which its summed loss is to be divided.
+    """
+
+    def __init__(self, examples, batch_size, accumulation, collate, seed, rank=0, world_size=1):
+        self.examples, self.collate = examples, collate
+        self.shape, self.seed, self.rank, self.epoch = (batch_size, accumulation, world_size), seed, rank, 0
+        self.steps_per_epoch = -(-len(examples) // (batch_size * accumulation * world_size))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.steps_per_epoch * self.shape[1]
+
+    def examples_in_step(self, step):
+        """How many examples of all ranks a 0-based optimizer step has; the last of an epoch may have fewer."""
+        size = math.prod(self.shape)
+        return min(size, len(self.examples) - step % self.steps_per_epoch * size)
+
+    def __iter__(self):
+        for step in optimizer_steps(len(self.examples), *self.shape, self.seed, self.epoch):
+            tokens = sum(len(self.examples[i].answer_ids) for parts in step for part in parts for i in part)
+            for part in step[self.rank]:
+                yield {**self.collate([self.examples[i] for i in part]), "step_tokens": tokens}
+
+
+def eval_batches(examples, batch_size, collate, rank=0, world_size=1):
+    """Every example once, in file order, sharded by rank: an iterator of collated batches."""
+    for start in range(rank * batch_size, len(examples), batch_size * world_size):
+        yield collate(examples[start : start + batch_size])

@@ -1,0 +1,297 @@
+"""Text <-> ids <-> entities.     python -m pytest tests/test_dataset.py"""
+
+import hashlib
+import json
+import random
+
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoTokenizer
+
+import dataset
+from config_utils import UserError
+from conftest import INSTRUCTION, make_records, write_jsonl
+from dataset import (
+    EOS,
+    IGNORE_INDEX,
+    INSTRUCT,
+    PROMPT,
+    TokenizedExample,
+    TrainLoader,
+    build_prompt,
+    encode_examples,
+    fit_length,
+    format_answer,
+    gold_entities,
+    labels_of,
+    load_tokenizer,
+    locate,
+    optimizer_steps,
+    pad_batch,
+    parse_answer,
+    read_examples,
+    read_jsonl,
+    save_tokenizer,
+)
+
+HARD_TEXTS = [
+    "北京大学生去年在上海说新闻记者被评为北京市日报",  # overlapping words of equal score
+    "a</s>b<s>c<unk>[PAD]<0x0A>",
+    "### Response: 没有_人名",
+    "😀🤖👨‍👩‍👧",
+    "ＡＢＣ１２３，．！",
+    "龘靐齉爩𠀀",
+    "两个  空格\t制表\n换行\r\n",
+    " 开头的空格",
+    "",
+]
+
+
+def test_prompt_is_the_one_that_adapters_are_trained_with():
+    digest = "a1b69f862f7831a2ab09cf66284726dafd2a67985c514b4e88e8a9a5766bc901"
+    assert hashlib.sha256(PROMPT.encode()).hexdigest() == dataset.PROMPT_SHA256 == digest
+    assert build_prompt("指令", "文本：甲") == PROMPT.replace("{instruction}", "指令\n文本：甲")
+    assert build_prompt("指令", "") == PROMPT.replace("{instruction}", "指令")
+    assert PROMPT.endswith("Response: ") and not PROMPT.endswith("  ")
+    assert build_prompt("{query} {0}", "{instruction}").count("{query} {0}\n{instruction}\n\n###") == 1
+
+
+def test_default_instruction_is_the_original_one():
+    assert INSTRUCT.replace("{labels}", "人名、地名、机构名") == INSTRUCTION
+
+
+@pytest.mark.parametrize("name", ["base", "merged", "alpaca"])
+def test_ids_and_text_are_sentencepieces(tokenizer_models, tmp_path, name):
+    model = tokenizer_models / f"{name}.model"
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    save_tokenizer(model, tmp_path / "saved")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "tokenizer.model").write_bytes(model.read_bytes())
+    bare, saved = load_tokenizer(tmp_path / "bare"), load_tokenizer(tmp_path / "saved")
+    auto = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    prompts = [build_prompt(INSTRUCT, f"文本：{text}") for text in HARD_TEXTS]
+    assert bare.encode_texts(prompts) == expected.encode(prompts)
+    for text in HARD_TEXTS + prompts:
+        ids = expected.encode(text)
+        for tokenizer in (bare, saved, auto):
+            assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids, (tokenizer, text)
+        assert bare.decode(ids) == expected.decode(ids) == text
+        assert bare.decode([1, *ids, 2], skip_special_tokens=True) == text
+    for tokenizer in (bare, saved, auto):
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+        assert tokenizer.pad_token_id == (expected.get_piece_size() - 1 if name == "alpaca" else 0)
+
+
+def test_scores_are_tied_so_that_the_stock_tokenizer_errs(tokenizer_models, tmp_path):
+    """Otherwise the test above would prove nothing."""
+    from transformers import LlamaTokenizer
+
+    save_tokenizer(tokenizer_models / "merged.model", tmp_path)
+    stock, exact = LlamaTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    text = "江大学"  # of two pieces that overlap sentencepiece takes the left one, LlamaTokenizer the one added first
+    assert stock(text, add_special_tokens=False)["input_ids"] != exact.encode_texts([text])[0]
+
+
+def test_missing_tokenizer_names_the_remedy(tmp_path):
+    with pytest.raises(UserError, match=r"chinese-alpaca-tiny/tokenizer.model: no such file; .*make tiny"):
+        load_tokenizer(tmp_path / "chinese-alpaca-tiny")
+    with pytest.raises(UserError, match="merge_llama_with_chinese_lora"):
+        load_tokenizer(tmp_path / "chinese-alpaca-7b")
+    (tmp_path / "tokenizer.model").write_bytes(b"<html>404</html>")
+    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
+def test_example_is_bos_prompt_answer_eos(tokenizer_models, tmp_path):
+    save_tokenizer(tokenizer_models / "alpaca.model", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    sp = tokenizer.sp_model
+    (example,) = encode_examples(tokenizer, [{"instruct": "指令", "query": "文本：</s>", "answer": "北京_地名"}])
+    assert example.prompt_ids == [1, *sp.encode(PROMPT.replace("{instruction}", "指令\n文本：</s>"))]
+    assert example.answer_ids == [*sp.encode("北京_地名"), 2]
+    assert sp.id_to_piece(example.prompt_ids[-1]) == "▁" and sp.id_to_piece(example.prompt_ids[-2]) == ":"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def test_read_examples(tmp_path):
+    records = [{"instruct": "指", "query": "文本：甲_乙", "answer": "没有"}, make_records(2, 0)[0]]
+    path = write_jsonl(tmp_path / "data.txt", records)
+    path.write_text("\ufeff" + path.read_text(encoding="utf-8").replace("\n", "\r\n"), encoding="utf-8", newline="")
+    first, second = read_examples(path)
+    assert first == {"instruct": "指", "query": "文本：甲_乙", "answer": "没有", "text": "甲_乙", "entities": None}
+    assert second["entities"] == records[1]["entities"] and second["text"] == records[1]["text"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", r"data.txt: the file is empty"),
+        (b"\n\n", r"data.txt: the file holds no record"),
+        (b'{"instruct": "a", "query": "b", "answer": "c"}\n{"instruct": ', r"data.txt:2: not valid JSON .*column"),
+        (b"[1]\n", r"data.txt:1: expected a JSON object, got list"),
+        (b'{"instruct": "a", "query": "b"}\n', r"data.txt:1: no column 'answer' .*--response_column"),
+        (b'{"instruct": "a", "query": "b", "answer": 3}\n', r"data.txt:1: column 'answer' must be a string, got 3"),
+        (b'{"instruct": "a", "query": "b", "answer": "\xff"}\n', r"data.txt:1: not UTF-8"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    (tmp_path / "data.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_examples(tmp_path / "data.txt")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.txt: no such file"):
+        list(read_jsonl(tmp_path / "nowhere.txt"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+def test_format_answer_orders_and_removes_repeats():
+    entities = [
+        {"entity": "北京", "type": "地名", "begin": 4, "end": 6},
+        {"entity": "京", "type": "地名", "begin": 0, "end": 1},
+        {"entity": "京华大学", "type": "机构名", "begin": 0, "end": 4},
+        {"entity": "北京", "type": "地名", "begin": 9, "end": 11},
+    ]
+    assert format_answer(entities) == "京华大学_机构名\n京_地名\n北京_地名"
+    assert format_answer([]) == "没有"
+
+
+def test_parse_answer():
+    answer = "王_明_人名\n北京_地名\n\n北京_地名\n乱写\n_地名\n上海_\n长沙_动物\n"
+    parsed = parse_answer(answer, text="王_明在长沙", labels=["人名", "地名"])
+    assert parsed.entities == [("王_明", "人名"), ("北京", "地名"), ("长沙", "动物")]
+    assert parsed.malformed == ["乱写", "_地名", "上海_"]
+    assert parsed.unknown_type == [("长沙", "动物")]
+    assert parsed.not_in_text == [("北京", "地名")]
+    assert parse_answer("没有") == ([], [], [], []) == parse_answer("")
+    assert parse_answer("北京_地名\n没有").malformed == ["没有"]
+
+
+def test_format_and_parse_are_inverse():
+    draw = random.Random(0)
+    for _ in range(300):
+        text = "".join(draw.choice("甲乙_丙 没有") for _ in range(12))
+        entities = []
+        for _ in range(draw.randint(0, 4)):
+            begin = draw.randrange(11)
+            end = draw.randint(begin + 1, 12)
+            if text[begin:end].strip():
+                entities.append({"entity": text[begin:end], "type": draw.choice("人地"), "begin": begin, "end": end})
+        parsed = parse_answer(format_answer(entities), text, ["人", "地"])
+        assert set(parsed.entities) == {(e["entity"], e["type"]) for e in entities}
+        assert not (parsed.malformed or parsed.unknown_type or parsed.not_in_text)
+
+
+def test_locate_leaves_out_what_lies_in_a_longer_entity():
+    text = "北京大学在北京，北京大学生"
+    located = locate(text, [("北京大学", "机构名"), ("北京", "地名"), ("上海", "地名")])
+    assert located == [
+        {"entity": "北京大学", "type": "机构名", "spans": [[0, 4], [8, 12]]},
+        {"entity": "北京", "type": "地名", "spans": [[5, 7]]},
+        {"entity": "上海", "type": "地名", "spans": []},
+    ]
+    assert locate(text, [("北京", "地名")])[0]["spans"] == [[0, 2], [5, 7], [8, 10]]
+
+
+def test_gold_entities_prefer_exact_offsets():
+    text = "中美和中国"
+    exact = {"entity": "中", "type": "地名", "begin": 0, "end": 1}
+    example = {"text": text, "answer": "中_地名", "entities": [exact]}
+    assert gold_entities(example) == [{"entity": "中", "type": "地名", "spans": [[0, 1]]}]
+    assert gold_entities({**example, "entities": None})[0]["spans"] == [[0, 1], [3, 4]]
+
+
+def test_labels_stand_in_the_order_of_the_instruction():
+    answers = ["甲_机构名", "乙_别的", "丙_人名\n丁_地名", "没有"]
+    examples = [{"instruct": INSTRUCTION, "answer": answer} for answer in answers]
+    assert labels_of(examples) == ["人名", "地名", "机构名", "别的"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# lengths, order and batches
+
+
+def example(prompt, answer):
+    return TokenizedExample(list(range(10, 10 + prompt)), [*range(30, 30 + answer - 1), EOS])
+
+
+def test_nothing_is_cut(capsys):
+    examples = [example(5, 2), example(9, 2), example(4, 4)]
+    assert fit_length(examples, "f", 8) == [examples[0], examples[2]]
+    assert "1 / 3" in capsys.readouterr().out
+    with pytest.raises(UserError, match="f: 1 of 3 examples exceed max_seq_length=8; the longest has 11 tokens"):
+        fit_length(examples, "f", 8, "error")
+    with pytest.raises(UserError, match="f: no example fits into max_seq_length=3"):
+        fit_length(examples, "f", 3)
+    with pytest.raises(UserError, match="--too_long=cut: expected drop or error"):
+        fit_length(examples, "f", 8, "cut")
+
+
+def test_pad_batch():
+    batch = pad_batch([example(3, 2), example(2, 1)], pad_id=9)
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 30, 2], [10, 11, 2, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    no = IGNORE_INDEX
+    assert batch["labels"].tolist() == [[no, no, no, 30, 2], [no, no, 2, no, no]]
+
+
+def test_a_pad_token_in_the_users_text_still_carries_loss():
+    batch = pad_batch([TokenizedExample([1, 9], [9, EOS]), example(4, 4)], pad_id=9)
+    assert batch["labels"][0].tolist()[:4] == [IGNORE_INDEX, IGNORE_INDEX, 9, EOS]
+    assert batch["attention_mask"][0].tolist()[:4] == [1, 1, 1, 1]
+
+
+def test_an_empty_micro_batch_has_no_label():
+    assert (pad_batch([], pad_id=0)["labels"] == IGNORE_INDEX).all()
+
+
+@pytest.mark.parametrize(
+    "n, batch, accumulation, ranks", [(205, 12, 1, 1), (205, 3, 4, 2), (7, 4, 2, 4), (24, 4, 2, 3)]
+)
+def test_every_example_once_an_epoch(n, batch, accumulation, ranks):
+    for epoch in range(3):
+        steps = list(optimizer_steps(n, batch, accumulation, ranks, 42, epoch))
+        assert len(steps) == -(-n // (batch * accumulation * ranks))
+        assert all(len(step) == ranks and {len(parts) for parts in step} == {accumulation} for step in steps)
+        assert sorted(i for step in steps for parts in step for part in parts for i in part) == list(range(n))
+        assert all(len(part) <= batch for step in steps for parts in step for part in parts)
+
+
+def test_layout_does_not_change_which_examples_a_step_has():
+    def sets(*shape):
+        return [
+            sorted(i for parts in step for part in parts for i in part) for step in optimizer_steps(205, *shape, 42, 1)
+        ]
+
+    assert sets(12, 1, 1) == sets(3, 4, 1) == sets(3, 2, 2) == sets(1, 1, 12)
+    orders = [next(iter(optimizer_steps(205, 12, 1, 1, seed, epoch))) for seed, epoch in ((42, 0), (42, 1), (43, 0))]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_loader_counts_the_answer_tokens_of_the_whole_step():
+    draw = random.Random(0)
+    examples = [example(draw.randint(2, 6), draw.randint(1, 5)) for _ in range(23)]
+    loaders = [TrainLoader(examples, 2, 2, lambda e: pad_batch(e, 0), 42, rank, 2) for rank in range(2)]
+    batches = [list(loader) for loader in loaders]
+    assert [len(b) for b in batches] == [len(loader) for loader in loaders] == [6, 6]
+    for step in range(3):
+        micro = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
+        tokens = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in micro)
+        assert {batch["step_tokens"] for batch in micro} == {tokens}
+    assert [loaders[0].examples_in_step(k) for k in range(4)] == [8, 8, 7, 8]
+    loaders[0].set_epoch(1)
+    assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(loaders[0], batches[0], strict=True))
+
+
+def test_jsonl_keeps_line_numbers_over_blank_lines(tmp_path):
+    (tmp_path / "x.txt").write_text('\n{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
+    assert list(read_jsonl(tmp_path / "x.txt")) == [(2, {"a": 1}), (4, {"a": 2})]
+    assert json.dumps(list(read_jsonl(tmp_path / "x.txt")))
