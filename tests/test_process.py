@@ -1,0 +1,289 @@
+"""python -m pytest tests/test_process.py: corpora of a few lines through process.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from config_utils import run_script
+from process import CONFIG, decode_tags, main
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROCESS = os.path.join(ROOT, "process.py")
+INSTRUCT = (
+    "你现在是一个实体识别模型，你需要提取文本里面的人名、地名、机构名，如果存在结果，返回'实体_实体类型'，"
+    "不同实体间用\n分隔。如果没有结果，回答'没有'。"
+)
+
+
+def sentence(text, *entities):
+    """A line of a JSON-lines corpus; an entity is (begin, end, type) or (begin, end, type, entity)."""
+    found = [
+        {
+            "entity_index": {"begin": begin, "end": end},
+            "entity_type": kind,
+            "entity": name[0] if name else text[begin:end],
+        }
+        for begin, end, kind, *name in entities
+    ]
+    return json.dumps({"text": text, "entity_list": found}, ensure_ascii=False)
+
+
+@pytest.fixture
+def corpus(tmp_path, monkeypatch):
+    """Write ori_data of the data set t; a corpus is a list of lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(train, dev=None):
+        folder = tmp_path / "data" / "t" / "ori_data"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, lines in (("train", train), ("dev", dev)):
+            if lines is not None:
+                (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    return write
+
+
+def process(*argv):
+    """Run process.py in this process on the data set t -> examples of train and of dev."""
+    run_script(main, CONFIG, PROCESS, ["--data_name=t", *argv])
+    return read("train"), read("dev")
+
+
+def read(name):
+    with open(f"data/t/instruct_data/{name}.txt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def answers(examples):
+    return [example["answer"] for example in examples]
+
+
+DEV = [sentence("在上海", (1, 3, "LOC"))]
+
+
+def test_json_lines(corpus, capsys):
+    text = "因有关日寇在京掠夺文物详情，藏界较为重视，也是我们收藏北京史料中的要件之一。"
+    corpus([sentence(text, (27, 29, "LOC"), (3, 4, "LOC"), (6, 7, "LOC")), sentence("今天晴。")], DEV)
+    train, dev = process()
+    assert train[0] == {
+        "instruct": INSTRUCT,
+        "query": "文本：" + text,
+        "answer": "日_地名\n京_地名\n北京_地名",
+        "text": text,
+        "entities": [
+            {"entity": "日", "type": "地名", "begin": 3, "end": 4},
+            {"entity": "京", "type": "地名", "begin": 6, "end": 7},
+            {"entity": "北京", "type": "地名", "begin": 27, "end": 29},
+        ],
+    }
+    assert list(train[0]) == ["instruct", "query", "answer", "text", "entities"]
+    assert (train[1]["answer"], train[1]["entities"]) == ("没有", [])
+    assert answers(dev) == ["上海_地名"]
+    out = capsys.readouterr().out
+    assert "句子 2，无实体句 1，实体 3（人名 0，地名 3，机构名 0）" in out
+    assert "泄漏：验证数据中 0 句" in out
+
+
+def test_adjacent_nested_and_repeated_entities(corpus):
+    corpus(
+        [
+            sentence("中美会谈", (0, 1, "LOC"), (1, 2, "LOC")),
+            sentence("北京大学在北京", (0, 2, "LOC"), (0, 4, "ORG"), (5, 7, "LOC"), (5, 7, "LOC")),
+        ],
+        DEV,
+    )
+    train, _ = process()
+    assert answers(train) == ["中_地名\n美_地名", "北京大学_机构名\n北京_地名"]
+    assert [len(example["entities"]) for example in train] == [2, 3]
+
+
+def test_bad_entities_are_reported_and_dropped(corpus, capsys):
+    corpus(
+        [
+            sentence("在北京", (0, 2, "LOC", "北京"), (1, 3, "LOC")),
+            sentence("张\n三来了", (0, 3, "PER")),
+            sentence("短", (0, 9, "PER", "短"), (-1, 1, "PER", "短"), (1, 1, "PER", "")),
+        ],
+        DEV,
+    )
+    train, _ = process()
+    assert answers(train) == ["北京_地名", "没有", "没有"]
+    assert train[1]["text"] == "张\n三来了"
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    path = os.path.join("data", "t", "ori_data", "train.txt")
+    assert [line.split("：")[0] for line in lines] == [
+        f"{path}:1: 与文本不符的实体（已从答案去掉）",
+        f"{path}:2: 含换行的实体（已从答案去掉）",
+        *[f"{path}:3: 与文本不符的实体（已从答案去掉）"] * 3,
+    ]
+    assert "与文本不符的实体（已从答案去掉） 4，含换行的实体（已从答案去掉） 1" in out
+
+
+def test_many_problems_are_counted_but_not_all_printed(corpus, capsys):
+    corpus([sentence(f"第{i}句", (0, 1, "LOC", "错")) for i in range(100)], DEV)
+    process()
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 21
+    assert "与文本不符的实体（已从答案去掉） 100" in out
+
+
+BIO = ["中\tB-LOC", "美\tB-LOC", "谈\tO", "", "", "我\tO", "爱\tO", "北\tB-LOC", "京\tI-LOC", "张\tB-PER", "三\tI-PER"]
+BMES = ["中 S-LOC", "美 S-LOC", "谈 O", "", "我 O", "爱 O", "北 B-LOC", "京 E-LOC", "张 B-PER", "小 M-PER", "三 E-PER"]
+
+
+@pytest.mark.parametrize("form", ["auto", "bio"])
+@pytest.mark.parametrize("lines, person", [(BIO, "张三"), (BMES, "张小三")])
+def test_two_columns(lines, person, form, corpus):
+    corpus(["", *lines], DEV if form == "auto" else BIO[:3])
+    train, _ = process(f"--format={form}", "--keep_leaked")
+    assert answers(train) == ["中_地名\n美_地名", f"北京_地名\n{person}_人名"]
+    assert train[1]["text"] == "我爱北京" + person
+    assert train[1]["entities"][1] == {"entity": person, "type": "人名", "begin": 4, "end": 4 + len(person)}
+
+
+def test_two_columns_with_words_blanks_and_windows_line_ends(corpus):
+    corpus(["\ufeff在\tO\r", "New\tB-LOC\r", " \tI-LOC\r", "York\tI-LOC\r", "　\tO\r", "\r", "{\tO\r", "}\tO"], DEV)
+    train, _ = process()
+    assert [example["text"] for example in train] == ["在New York　", "{}"]
+    assert answers(train) == ["New York_地名", "没有"]
+
+
+def test_brace_as_first_character_of_two_columns(corpus):
+    corpus(["{ O", "京 B-LOC"], DEV)
+    assert answers(process()[0]) == ["京_地名"]
+
+
+@pytest.mark.parametrize(
+    "tags, spans",
+    [
+        ("O O", []),
+        ("B-A I-A O B-A", [(0, 2, "A", False), (3, 4, "A", False)]),
+        ("B-A B-A I-A", [(0, 1, "A", False), (1, 3, "A", False)]),
+        ("I-A I-A O I-A", [(0, 2, "A", True), (3, 4, "A", True)]),
+        ("B-A I-B", [(0, 1, "A", False), (1, 2, "B", True)]),
+        ("B-A M-A E-A S-A", [(0, 3, "A", False), (3, 4, "A", False)]),
+        ("B-A E-A E-A", [(0, 2, "A", False), (2, 3, "A", True)]),
+        ("S-A I-A", [(0, 1, "A", False), (1, 2, "A", True)]),
+        ("B_A I_A", [(0, 2, "A", False)]),
+    ],
+)
+def test_decode_tags(tags, spans):
+    assert decode_tags(tags.split()) == spans
+
+
+def test_repaired_tags_are_counted(corpus, capsys):
+    corpus(["北\tI-LOC", "京\tI-LOC"], DEV)
+    assert answers(process()[0]) == ["北京_地名"]
+    out, err = capsys.readouterr()
+    assert ":1: " in err and "北 I-LOC" in err
+    assert "不合规的标签（已按新实体的开头处理） 1" in out
+
+
+def test_leaks(corpus, capsys):
+    corpus([sentence("甲"), sentence("在上海"), sentence("在上海"), sentence("乙")], [*DEV, sentence("丙")])
+    train, dev = process()
+    assert [example["text"] for example in train] == ["甲", "乙"]
+    assert len(dev) == 2
+    assert "泄漏：验证数据中 1 句也在训练数据中，从训练数据去掉 2 句" in capsys.readouterr().out
+    train, _ = process("--keep_leaked")
+    assert len(train) == 4
+    assert "泄漏：验证数据中 1 句也在训练数据中，保留" in capsys.readouterr().out
+
+
+def test_dev_size(corpus):
+    corpus([sentence(f"第{i}句") for i in range(50)])
+    train, dev = process("--dev_size=10")
+    assert (len(train), len(dev)) == (40, 10)
+    assert {e["text"] for e in train} | {e["text"] for e in dev} == {f"第{i}句" for i in range(50)}
+    assert process("--dev_size=10") == (train, dev)
+    assert process("--dev_size=10", "--seed=1") != (train, dev)
+
+
+def test_ten_labels_and_an_own_instruction(corpus):
+    labels = [f"T{i}:类型{i}" for i in range(10)]
+    corpus([sentence("甲乙", (0, 1, "T9"), (1, 2, "T0"))], [sentence("丙")])
+    train, _ = process("--labels=" + ",".join(labels), "--instruct=找{labels}：\\n一行一个", "--query_prefix=")
+    assert train[0]["answer"] == "甲_类型9\n乙_类型0"
+    assert train[0]["instruct"] == "找" + "、".join(f"类型{i}" for i in range(10)) + "：\n一行一个"
+    assert train[0]["query"] == "甲乙"
+
+
+def test_two_tags_of_one_type(corpus):
+    corpus([sentence("甲乙", (0, 1, "LOC"), (1, 2, "GPE"))], [sentence("丙")])
+    train, _ = process("--labels=LOC:地名,GPE:地名", "--instruct={labels}")
+    assert (train[0]["answer"], train[0]["instruct"]) == ("甲_地名\n乙_地名", "地名")
+
+
+def test_output_is_deterministic_and_leaves_no_temporary_file(corpus):
+    corpus([sentence(f"第{i}句在京", (len(f"第{i}句在"), len(f"第{i}句在") + 1, "LOC")) for i in range(30)])
+    process("--dev_size=5")
+    folder = Path("data/t/instruct_data")
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    process("--dev_size=5")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert sorted(first) == ["dev.txt", "train.txt"]
+
+
+TRAIN = os.path.join("data", "t", "ori_data", "train.txt")
+
+
+@pytest.mark.parametrize(
+    "train, dev, argv, parts",
+    [
+        ([sentence("甲"), sentence("在晨", (1, 2, "TIME"))], DEV, [], [f"{TRAIN}:2:", "'TIME'", "--labels=PER:人名"]),
+        (["晨\tO", "光\tB-TIME"], DEV, [], [f"{TRAIN}:2:", "'TIME'", "--labels"]),
+        ([sentence("甲"), '{"text": '], DEV, [], [f"{TRAIN}:2:", "JSON"]),
+        (['{"text": "甲"}'], DEV, [], [f"{TRAIN}:1:", "entity_list"]),
+        (['{"text": 3, "entity_list": []}'], DEV, [], [f"{TRAIN}:1:", "strings"]),
+        (['{"text": "甲", "entity_list": [3]}'], DEV, [], [f"{TRAIN}:1:", "--help"]),
+        ([sentence("甲", ("0", 1, "PER", "甲"))], DEV, [], [f"{TRAIN}:1:", "integers"]),
+        (['{"text": "\\ud800", "entity_list": []}'], DEV, [], [f"{TRAIN}:1:", "surrogate"]),
+        (["甲\tO", "乙"], DEV, [], [f"{TRAIN}:2:", "'乙'"]),
+        (["甲\tO", "乙\tX-PER"], DEV, [], [f"{TRAIN}:2:", "X-PER"]),
+        (["只是一句话"], DEV, [], [TRAIN, "--help"]),
+        ([], DEV, [], [TRAIN, "empty"]),
+        ([sentence("")], DEV, ["--format=jsonl"], [TRAIN]),
+        (None, DEV, [], [TRAIN, "--train_file"]),
+        ([sentence("甲")], None, [], ["dev.txt", "--dev_size"]),
+        ([sentence("甲")], DEV, ["--dev_file=none.txt"], ["none.txt", "--dev_file"]),
+        ([sentence("甲")], None, ["--dev_size=1"], ["--dev_size=1", "1 sentences"]),
+        (DEV, DEV, [], [TRAIN, "--keep_leaked"]),
+        ([sentence("甲")], DEV, ["--format=csv"], ["--format", "jsonl", "'csv'"]),
+        ([sentence("甲")], DEV, ["--labels=PER"], ["--labels", "'PER'"]),
+        ([sentence("甲")], DEV, ["--labels=PER:人_名"], ["--labels", "'人_名'"]),
+        ([sentence("甲")], DEV, ["--labels=PER:人名,PER:人"], ["--labels", "twice"]),
+        ([sentence("甲")], DEV, ["--labels="], ["--labels"]),
+    ],
+)
+def test_bad_input_is_one_line(train, dev, argv, parts, corpus, capsys):
+    corpus(train, dev)
+    with pytest.raises(SystemExit) as stop:
+        process(*argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == ""
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ") and all(part in last for part in parts), last
+    assert err.count("\n") == 1 or "空句" in err
+    assert not os.path.exists("data/t/instruct_data")
+
+
+def test_as_a_program(corpus):
+    corpus([sentence("在北京", (1, 3, "LOC"))], DEV)
+
+    def run(*argv):
+        return subprocess.run(
+            [sys.executable, PROCESS, "--data_name=t", *argv], capture_output=True, encoding="utf-8", check=False
+        )
+
+    done = run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert answers(read("train")) == ["北京_地名"]
+    assert "句子 1，无实体句 0，实体 1（人名 0，地名 1，机构名 0）" in done.stdout
+    done = run("--dev_sise=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: unknown option --dev_sise, did you mean --dev_size?\n"
