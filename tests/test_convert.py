@@ -1,0 +1,254 @@
+"""convert_llama_weights_to_hf.py against an independent LLaMA, and what it says about bad input."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentencepiece import SentencePieceProcessor
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from reference_llama import PARAMS, logits, random_weights, write_meta_folder
+
+HUB = Path(__file__).resolve().parent.parent / "model_hub"
+sys.path.insert(0, str(HUB))
+import convert_llama_weights_to_hf as convert  # noqa: E402
+import llama_files  # noqa: E402
+from config_utils import run_script  # noqa: E402
+
+IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
+ROWS = 420  # pieces of base.model
+
+
+def run(*options):
+    run_script(convert.main, convert.CONFIG, convert.__file__, [str(option) for option in options])
+
+
+def convert_folder(folder, *options):
+    """Convert folder/7B into folder/7B-hf and return that."""
+    run("--input_dir", folder, "--model_size", "7B", "--output_dir", folder / "7B-hf", *options)
+    return folder / "7B-hf"
+
+
+def fails(capsys, *options):
+    """The one line of a run that must end in exit code 2."""
+    with pytest.raises(SystemExit) as error:
+        run(*options)
+    assert error.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+@pytest.fixture
+def source(tmp_path, tokenizer_models):
+    """A folder with 7B/, random weights in Meta's layout."""
+    write_meta_folder(tmp_path / "7B", PARAMS, random_weights(PARAMS, ROWS), 1, tokenizer_models / "base.model")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("n_shards", "rows", "changes"),
+    [
+        (1, ROWS, {}),
+        (2, ROWS, {}),
+        (4, ROWS, {"norm_eps": 1e-6}),
+        (8, 424, {}),  # more rows than pieces, as padded vocabularies have
+        (1, ROWS, {"n_kv_heads": 2, "vocab_size": ROWS}),
+        (2, ROWS, {"n_kv_heads": 4, "ffn_dim_multiplier": 1.3, "multiple_of": 16, "vocab_size": 32000}),
+        (4, ROWS, {"n_kv_heads": 4, "rope_theta": 1e6, "ffn_dim_multiplier": 1.3}),
+    ],
+)
+def test_logits_equal_those_of_the_original_architecture(tmp_path, tokenizer_models, n_shards, rows, changes):
+    params = PARAMS | changes
+    weights = random_weights(params, rows)
+    write_meta_folder(tmp_path / "7B", params, weights, n_shards, tokenizer_models / "base.model")
+    folder = convert_folder(tmp_path)
+    model, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and model.dtype == torch.float32
+    assert model.config.vocab_size == rows
+    with torch.no_grad():
+        ours = model(torch.tensor([IDS])).logits[0]
+    expected = logits(weights, params, IDS)
+    assert expected.std() > 0.5  # logits of a size at which the comparison means something
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_number_format_and_values_of_the_source_are_kept(tmp_path, tokenizer_models, dtype):
+    weights = random_weights(PARAMS, ROWS, dtype=dtype)
+    write_meta_folder(tmp_path / "7B", PARAMS, weights, 2, tokenizer_models / "base.model")
+    folder = convert_folder(tmp_path, "--max_position_embeddings=4096")
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    down = tensors["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(down, weights["layers.1.feed_forward.w2.weight"])
+    model = LlamaForCausalLM.from_pretrained(folder)
+    assert model.dtype == dtype
+    assert model.config.max_position_embeddings == 4096
+
+
+def test_folder_is_complete_and_its_tokenizer_exact(source, tokenizer_models, capsys):
+    folder = convert_folder(source)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    assert capsys.readouterr().out.startswith(f"wrote {folder}: {size:,} bytes from 1 weight file(s) in ")
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    sp = SentencePieceProcessor(model_file=str(tokenizer_models / "base.model"))
+    text = "The dog，  在中国</s> 龘\n"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == sp.encode(text)
+
+
+def test_large_models_are_written_in_shards(source, monkeypatch):
+    whole = load_file(convert_folder(source) / "model.safetensors")
+    monkeypatch.setattr(llama_files, "SHARD_BYTES", 200_000)
+    folder = convert_folder(source)  # replaces what stands there
+    names = [file.name for file in sorted(folder.glob("*.safetensors"))]
+    assert len(names) > 2 and names == [
+        f"model-{i:05d}-of-{len(names):05d}.safetensors" for i in range(1, len(names) + 1)
+    ]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for name, tensor in LlamaForCausalLM.from_pretrained(folder).state_dict().items():
+        assert torch.equal(tensor, whole[name])
+
+
+def test_tokenizer_beside_the_weights_comes_before_that_of_the_parent(source, tokenizer_models):
+    shutil.copyfile(tokenizer_models / "merged.model", source / "tokenizer.model")
+    own = (tokenizer_models / "base.model").read_bytes()
+    assert (convert_folder(source) / "tokenizer.model").read_bytes() == own
+    (source / "7B" / "tokenizer.model").unlink()
+    shutil.copyfile(tokenizer_models / "base.model", source / "tokenizer.model")
+    assert (convert_folder(source) / "tokenizer.model").read_bytes() == own
+
+
+def test_tokenizer_only_needs_no_weights(tmp_path, tokenizer_models):
+    (tmp_path / "tiny").mkdir()
+    shutil.copyfile(tokenizer_models / "base.model", tmp_path / "tiny" / "tokenizer.model")
+    out = tmp_path / "tiny-hf"
+    run("--input_dir", tmp_path / "tiny", "--model_size", "tokenizer_only", "--output_dir", out)
+    assert sorted(file.name for file in out.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+
+
+def test_other_files_of_the_output_folder_stay(source):
+    folder = source / "7B-hf"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model-00001-of-00002.safetensors").write_text("of an earlier run")
+    convert_folder(source)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [file.name for file in folder.glob("model*")] == ["model.safetensors"]
+
+
+def test_interrupted_run_leaves_nothing_that_loads(source, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llama_files, "save_tokenizer", interrupted)
+    with pytest.raises(SystemExit) as error:
+        convert_folder(source)
+    assert error.value.code == 130
+    assert [path.name for path in source.iterdir()] == ["7B"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def damage(folder, how):
+    """Break folder/7B in one way."""
+    weights = folder / "7B" / "consolidated.00.pth"
+    tensors = torch.load(weights)
+    if how == "unknown tensor":
+        torch.save(tensors | {"layers.0.attention.wq.bias": torch.ones(2)}, weights)
+    elif how == "missing tensor":
+        del tensors["layers.1.attention.wq.weight"]
+        torch.save(tensors, weights)
+    elif how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5000])
+    elif how == "code":
+        weights.write_bytes(pickle.dumps(Evil(), protocol=2))
+    elif how == "missing first shard":
+        weights.rename(folder / "7B" / "consolidated.01.pth")
+    elif how == "missing last shard":
+        shutil.rmtree(folder / "7B")
+        write_meta_folder(folder / "7B", PARAMS, random_weights(PARAMS, ROWS), 2)
+        (folder / "7B" / "consolidated.01.pth").unlink()
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "params":
+        (folder / "7B" / "params.json").write_text('{"dim": 64,')
+    elif how == "params key":
+        (folder / "7B" / "params.json").write_text('{"dim": 64, "n_layers": 2, "norm_eps": 1e-5}')
+    elif how == "other params":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"dim": 128}))
+    elif how == "no folder":
+        shutil.rmtree(folder / "7B")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("unknown tensor", "consolidated.00.pth: unknown tensor layers.0.attention.wq.bias"),
+        ("missing tensor", "consolidated.00.pth: holds no tensor layers.1.attention.wq.weight"),
+        ("truncated", "consolidated.00.pth: damaged"),
+        ("code", "consolidated.00.pth: damaged"),
+        ("missing first shard", "consolidated.00.pth: no such file"),
+        ("missing last shard", "is a consolidated file missing"),
+        ("no weights", "consolidated.00.pth: no such file"),
+        ("params", "params.json: not valid JSON"),
+        ("params key", 'params.json: "n_heads" must be of type int, got None'),
+        ("other params", "params.json of another model?"),
+        ("no folder", "7B: no such folder; put Meta's"),
+    ],
+)
+def test_bad_input_is_one_line(source, tokenizer_models, capsys, monkeypatch, how, message):
+    monkeypatch.chdir(source)
+    shutil.copyfile(tokenizer_models / "base.model", "tokenizer.model")
+    damage(source, how)
+    assert message in fails(capsys, "--input_dir=./", "--model_size=7B", "--output_dir=./7B-hf")
+    assert {path.name for path in source.iterdir()} <= {"7B", "tokenizer.model"}  # nothing written, nothing executed
+
+
+def test_bad_options_are_one_line(source, tokenizer_models, capsys):
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "7B")
+    assert "which is read" in line
+    shutil.copyfile(tokenizer_models / "merged.model", source / "7B" / "tokenizer.model")
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "7B-hf")
+    assert "has 508 pieces, but" in line and "for 420" in line
+    (source / "7B" / "tokenizer.model").unlink()
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "7B-hf")
+    assert f"{source}/7B/tokenizer.model and {source}/tokenizer.model: no such file" in line
+    shutil.copyfile(tokenizer_models / "base.model", source / "tokenizer.model")
+    line = fails(capsys, "--input_dir", source, "--model_size=tokenizer_only")
+    assert line.startswith("error: --output_dir is missing")
+
+
+def test_command_of_the_readme(source):
+    command = [sys.executable, "convert_llama_weights_to_hf.py", "--input_dir", source, "--model_size", "7B"]
+    done = subprocess.run([*command, "--output_dir", source / "7B-hf"], cwd=HUB, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wrote ") and (source / "7B-hf" / "config.json").is_file()
+    command[-1] = "70B"
+    done = subprocess.run(command, cwd=HUB, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "70B" in done.stderr
