@@ -1,0 +1,396 @@
+"""The base model, its LoRA, the loss, and what a training run leaves on disk.
+
+Both trainers and the inference scripts share these, because what one writes the other must read. Reads no corpus.
+"""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from config_utils import UserError, load_config, save_config
+from dataset import PROMPT_SHA256, how_to_get, labels_of, load_tokenizer, tokenizer_sha256
+
+DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
+TRAINERS = ("train_trainer", "train_deepspeed")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# One line a user can act on is worth more than a page of library notices.
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, after a warning
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# devices and processes
+
+
+def is_main():
+    """True on the one process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message):
+    """A status line on stderr, from rank 0 alone, that does not break a progress bar."""
+    if is_main():
+        tqdm.write(message, file=sys.stderr)
+
+
+def init_distributed():
+    """Join the process group that the deepspeed launcher started, or make one of this process alone.
+
+    Returns (device, rank, world_size).
+    """
+    import deepspeed  # here, not above: inference does without it, and it takes seconds to import
+
+    if "RANK" not in os.environ:  # without the launcher; deepspeed would ask MPI for these
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in alone.items()})
+    # DeepSpeed would compile its shared-memory collectives with c++ (36 s, or death where there is none); gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def _cpu_has_bf16():
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pick_precision(precision, device):
+    """auto -> bf16, fp16 or fp32, by what the device computes natively; anything else is checked and returned."""
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"--precision={precision}: expected auto, {', '.join(DTYPES)}")
+    on_cuda = torch.device(device).type == "cuda"
+    if precision == "fp16" and not on_cuda:
+        raise UserError("fp16 needs a CUDA GPU; on a CPU use --precision=fp32, bf16 or auto")
+    if precision != "auto":
+        return precision
+    if on_cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def resolve_precision(precision, deepspeed_config, device):
+    """Fill in bf16 and fp16 of the DeepSpeed settings by --precision, the file and the device.
+
+    Returns (precision, settings). config_utils has refused contradictions between the two already.
+    """
+    said = {key: deepspeed_config.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16")}
+    if precision == "auto" and True in said.values():
+        precision = "bf16" if said["bf16"] is True else "fp16"
+    elif precision == "auto" and set(said.values()) == {False}:
+        precision = "fp32"
+    precision = pick_precision(precision, device)
+    filled = {key: {**deepspeed_config.get(key, {}), "enabled": key == precision} for key in said}
+    return precision, {**deepspeed_config, **filled}
+
+
+def describe_device(device, precision, world_size=1):
+    """Where this runs and in which precision, for the status line."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    return f"设备: {name}{f' × {world_size}' if world_size > 1 else ''}, 精度: {precision}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model, LoRA, loss
+
+
+def check_model_dir(model_dir):
+    """UserError unless the folder holds a Hugging Face model; asked before anything slow begins."""
+    if not (Path(model_dir) / "config.json").is_file():
+        raise UserError(f"{model_dir}: no model here (config.json is missing); {how_to_get(model_dir)}")
+
+
+def load_base(model_dir, dtype, device):
+    """The causal LM of a local folder in `dtype` on `device`, frozen."""
+    check_model_dir(model_dir)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    return model.to(device).requires_grad_(False)
+
+
+def add_lora(model, args):
+    """The model with fresh LoRA adapters, drawn under args.seed."""
+    torch.manual_seed(args.seed)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=list(args.lora_target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # no such module
+        raise UserError(f"--lora_target_modules={','.join(args.lora_target_modules)}: {error}") from None
+
+
+def answer_loss(model, batch, step_tokens):
+    """Summed cross-entropy of a micro-batch over the answer tokens of its whole optimizer step (a float32 scalar).
+
+    batch: what dataset's collator made, on the model's device. Micro-batches and ranks add up to the step's mean.
+    """
+    return model(**batch, use_cache=False, num_items_in_batch=step_tokens).loss.float()
+
+
+@torch.no_grad()
+def evaluate_loss(model, batches, device):
+    """Mean cross-entropy per answer token over all batches of all ranks."""
+    training, total = model.training, torch.zeros(2, dtype=torch.float64, device=device)
+    model.eval()
+    for batch in batches:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        total[0] += answer_loss(model, batch, 1).double()
+        total[1] += (batch["labels"] >= 0).sum()
+    model.train(training)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return (total[0] / total[1]).item()
+
+
+def warmup_linear(step, warmup_steps, total_steps):
+    """The factor on the learning rate at a 0-based step: (step+1)/warmup, then linearly towards 0; never 0 itself."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
+
+
+def make_scheduler(optimizer, args, total_steps):
+    warmup_steps = int(args.warmup_ratio * total_steps + 0.5)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: warmup_linear(k, warmup_steps, total_steps))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run leaves on disk
+
+
+class TrainLog:
+    """Progress of a run: one aligned line on the terminal and one JSON object in train_log.jsonl a log, from rank 0."""
+
+    def __init__(self, save_dir, total_steps, first_step=0):
+        self.path, self.total = Path(save_dir) / "train_log.jsonl", total_steps
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, desc="训练", unit="步", disable=not is_main(), dynamic_ncols=True
+        )
+        self.examples, self.since = 0, time.time()
+
+    def step(self, examples):
+        """One optimizer step over `examples` examples (all ranks) has ended."""
+        self.examples += examples
+        self.bar.update()
+
+    def write(self, record):
+        """Append a record; a training record gets its speed since the last one."""
+        if "loss" in record:
+            record = {**record, "examples_per_second": round(self.examples / (time.time() - self.since), 2)}
+            self.examples, self.since = 0, time.time()
+        if not is_main():
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        line = f"step {record['step']:>{len(str(self.total))}}/{self.total} | epoch {record['epoch']:.2f}"
+        if "loss" in record:
+            speed = record["examples_per_second"]
+            line += f" | loss {record['loss']:.4f} | lr {record['lr']:.2e} | {speed:.1f} 条/秒"
+        else:
+            line += f" | eval_loss {record['eval_loss']:.4f}"
+            self.since = time.time()  # the evaluation is no part of the training speed
+            self.examples = 0
+        say(line)
+
+    def close(self):
+        self.bar.close()
+
+
+def start_run(save_dir, resume):
+    """Make save_dir ready: an earlier run in it is moved to `<save_dir>.old`, unless it is to be resumed."""
+    save_dir = Path(save_dir)
+    if is_main():
+        if not resume and save_dir.is_dir() and any(save_dir.iterdir()):
+            old = save_dir.with_name(save_dir.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            save_dir.rename(old)
+            say(f"之前的训练结果已移到 {old}")
+        save_dir.mkdir(parents=True, exist_ok=True)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def checkpoint_to_resume(save_dir, resume):
+    """`--resume` -> the folder of a complete checkpoint, or None for False.
+
+    True: the newest complete one in save_dir. A number: that step. Anything else: a path.
+    """
+    if resume == "False":
+        return None
+    complete = sorted(
+        (p.parent for p in Path(save_dir).glob("checkpoint-*/complete")), key=lambda p: int(p.name.rpartition("-")[2])
+    )
+    if resume == "True":
+        if not complete:
+            raise UserError(f"--resume: no complete checkpoint in {save_dir}; train without --resume")
+        return complete[-1]
+    folder = Path(save_dir) / f"checkpoint-{resume}" if resume.isdigit() else Path(resume)
+    if not (folder / "complete").is_file():
+        have = ", ".join(p.name for p in complete) or "none"
+        raise UserError(
+            f"--resume={resume}: {folder} is not a complete checkpoint; complete ones in {save_dir}: {have}"
+        )
+    return folder
+
+
+def finish_checkpoint(folder, save_total_limit):
+    """Mark a checkpoint as complete (the last thing written) and delete the oldest beyond the limit (0: keep all)."""
+    if is_main():
+        (Path(folder) / "complete").touch()
+        steps = sorted(Path(folder).parent.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
+        for marker in steps[:-save_total_limit] if save_total_limit > 0 else []:
+            marker.unlink()
+            shutil.rmtree(marker.parent)
+
+
+def training_facts(args, records):
+    """What inference must know about a run besides its CONFIG; stands in train_args.json beside the adapter."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
+    return {
+        "prompt_sha256": PROMPT_SHA256,
+        "tokenizer_sha256": tokenizer_sha256(args.model_dir),
+        "instructs": list(dict.fromkeys(record["instruct"] for record in records)),
+        "labels": labels_of(records),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
+    """Write <save_dir>/adapter_model/ whole or not at all: LoRA weights, adapter_config.json, train_args.json.
+
+    All ranks call it (under ZeRO-3 they hold the weights together); rank 0 writes.
+    """
+    import deepspeed
+
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with deepspeed.zero.GatheredParameters(trainable):
+        if not is_main():
+            return
+        lora_b = [p for name, p in model.named_parameters() if "lora_B" in name]
+        assert lora_b and any(p.abs().max() > 0 for p in lora_b), "the adapter is empty: nothing was trained"
+        target = Path(save_dir) / "adapter_model"
+        new, old = target.with_name("adapter_model.new"), target.with_name("adapter_model.old")
+        shutil.rmtree(new, ignore_errors=True)
+        model.save_pretrained(new, safe_serialization=args.safe_serialization, save_embedding_layers=False)
+        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+        save_config(args, new / "train_args.json", deepspeed=deepspeed_config, **facts, step=step)
+        if target.exists():  # a folder cannot be renamed over a full one
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_adapter(data_name, lora_model):
+    """`--lora_model` -> the adapter's folder, or None for the base alone. `auto`: the one of data_name written last."""
+    if lora_model in (None, "none", "None"):
+        return None
+    if lora_model != "auto":
+        folder = _adapter_or_old(Path(lora_model))
+        if folder is None:
+            raise UserError(
+                f"{lora_model}: no adapter here (adapter_config.json is missing); train one or name another"
+            )
+        return folder
+    root = Path("checkpoint") / data_name
+    trained = [folder for name in TRAINERS if (folder := _adapter_or_old(root / name / "adapter_model"))]
+    shipped = _adapter_or_old(root / "shipped" / "adapter_model")
+    if not trained and not shipped:
+        raise UserError(f"{root}: no adapter here; train one with `deepspeed train_trainer.py --data_name={data_name}`")
+    return max(trained, key=lambda p: (p / "adapter_config.json").stat().st_mtime) if trained else shipped
+
+
+def _adapter_or_old(folder):
+    """The folder, or what a save that was cut short between its two renames left of it, or None."""
+    old = folder.with_name(folder.name + ".old")
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if (old / "adapter_config.json").is_file():
+        say(f"{folder} 不存在，使用上一次保存的 {old}")
+        return old
+    return None
+
+
+def load_for_inference(base_model, lora_model, tokenizer_path, precision="auto", data_name="demo", device=None):
+    """Base, adapter and tokenizer as the command line and train_args.json say; the command line wins.
+
+    Returns (model, tokenizer, adapter folder or None, facts of train_args.json or {}, training Config or None).
+    Refuses, before the weights load, a base or a tokenizer that is not the adapter's.
+    """
+    adapter = find_adapter(data_name, lora_model)
+    train_args, facts = load_config(adapter / "train_args.json") if adapter else (None, {})
+    base = base_model or (train_args.model_dir if adapter else DEFAULT_BASE)
+    check_model_dir(base)
+    tokenizer = load_tokenizer(tokenizer_path or base)
+    if adapter:
+        _check_fit(adapter, train_args, facts, base, tokenizer_path or base)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = pick_precision(precision, device)
+    say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
+    model = load_base(base, DTYPES[precision], device)
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False).to(DTYPES[precision])
+    return model.eval(), tokenizer, adapter, facts, train_args
+
+
+def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
+    if facts["prompt_sha256"] != PROMPT_SHA256:
+        raise UserError(f"{adapter}: was trained with another prompt template; retrain it with this version")
+    if facts["tokenizer_sha256"] != tokenizer_sha256(tokenizer_dir):
+        raise UserError(
+            f"{tokenizer_dir}/tokenizer.model is not the one that {adapter} was trained with "
+            f"(that of {train_args.model_dir}); name that base with --base_model"
+        )
+    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
+    shapes = _adapter_shapes(adapter)
+    layers = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in shapes)
+    hidden = next(shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name or "gate_proj.lora_A" in name)
+    if (layers, hidden) != (config["num_hidden_layers"], config["hidden_size"]):
+        raise UserError(
+            f"{adapter} does not fit {base}: it has {layers} layers of size {hidden}, the model "
+            f"{config['num_hidden_layers']} of {config['hidden_size']}; name its base with --base_model"
+        )
+
+
+def _adapter_shapes(adapter):
+    if (adapter / "adapter_model.safetensors").is_file():
+        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    path = adapter / "adapter_model.bin"
+    if not path.is_file():
+        raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")
+    return {name: tuple(tensor.shape) for name, tensor in torch.load(path, weights_only=True, mmap=True).items()}

@@ -1,0 +1,217 @@
+"""The two trainers: the same losses, the same adapter, nothing a fresh machine lacks.
+
+python -m pytest tests/test_training.py
+"""
+
+import json
+import os
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import modeling
+from config_utils import UserError, load_config
+from conftest import read_log, run_script, training_options
+from dataset import TrainLoader, encode_examples, load_tokenizer, pad_batch, read_examples, tokenizer_sha256
+from modeling import add_lora, answer_loss, checkpoint_to_resume, evaluate_loss, load_base, warmup_linear
+
+TRAINERS = ("train_deepspeed", "train_trainer")
+COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")
+
+
+class LoraSettings:
+    seed, lora_r, lora_alpha, lora_dropout, lora_target_modules = 42, 4, 8, 0.0, ["q_proj", "down_proj"]
+
+
+@pytest.fixture
+def lora_model(base_dir):
+    """A float32 model whose adapters are not zero, so that every gradient is."""
+    model = add_lora(load_base(base_dir, torch.float32, "cpu"), LoraSettings)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+@pytest.fixture
+def examples(base_dir, instruct_data):
+    return encode_examples(load_tokenizer(base_dir), read_examples(instruct_data / "train.txt"))[:29]
+
+
+def gradients(model, batches):
+    """Loss and LoRA gradients of some micro-batches, flattened into one vector."""
+    model.zero_grad()
+    total = 0.0
+    for batch in batches:
+        batch = dict(batch)
+        loss = answer_loss(model, batch, batch.pop("step_tokens"))
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def test_accumulation_and_ranks_give_the_gradient_of_one_large_batch(lora_model, examples):
+    """Weighted by answer tokens, also in the last step, which has 5 examples of 12."""
+    collate = partial(pad_batch, pad_id=0)
+    whole = list(TrainLoader(examples, 12, 1, collate, 42))
+    parts = [list(TrainLoader(examples, 2, 3, collate, 42, rank, 2)) for rank in range(2)]
+    for step in range(3):
+        loss, gradient = gradients(lora_model, [whole[step]])
+        micro = [batch for rank in parts for batch in rank[3 * step : 3 * step + 3]]
+        part_loss, part_gradient = gradients(lora_model, micro)
+        assert part_loss == pytest.approx(loss, rel=1e-6)
+        assert (part_gradient - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def test_loss_is_the_mean_over_answer_tokens(lora_model, examples):
+    """Against one example at a time, written out."""
+    summed, tokens = 0.0, 0
+    with torch.no_grad():
+        for prompt, answer in examples:
+            logits = lora_model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
+            for k, target in enumerate(answer):
+                summed -= logits[len(prompt) + k - 1, target].item()
+            tokens += len(answer)
+    batches = [pad_batch(examples[i : i + 6], 0) for i in range(0, len(examples), 6)]
+    assert evaluate_loss(lora_model, batches, "cpu") == pytest.approx(summed / tokens, rel=1e-6)
+
+
+def test_warmup_never_stands_still_and_ends_near_zero():
+    factors = [warmup_linear(k, 4, 20) for k in range(20)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[-1] == pytest.approx(1 / 16) and warmup_linear(20, 4, 20) == 0
+    assert warmup_linear(0, 0, 1) == 1.0
+
+
+def test_both_trainers_agree_bit_for_bit(workspace):
+    """Losses, learning rates, dev losses and adapters over 50 steps, warm-up and an epoch boundary."""
+    first, second = (workspace / "checkpoint" / "mine" / name for name in TRAINERS)
+    log = read_log(first)
+    assert log == read_log(second)
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert len(losses) == 50 and [row["step"] for row in log if "eval_loss" in row] == [25, 50]
+    assert sum(losses[-5:]) < 0.96 * sum(losses[:5])
+    assert [row["lr"] for row in log if "loss" in row][:6] == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1e-3])
+    adapters = [load_file(run / "adapter_model" / "adapter_model.safetensors") for run in (first, second)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+    assert all(tensor.abs().max() > 0 for name, tensor in adapters[0].items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_a_run_leaves_behind(workspace, base_dir, trainer):
+    run = workspace / "checkpoint" / "mine" / trainer
+    assert sorted(p.name for p in (run / "adapter_model").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "train_args.json",
+    ]
+    assert sorted(p.parent.name for p in run.glob("checkpoint-*/complete")) == ["checkpoint-40", "checkpoint-50"]
+    args, facts = load_config(run / "adapter_model" / "train_args.json")
+    assert (args.lora_r, args.max_steps, args.deepspeed_optimizer_params_lr) == (8, 50, 1e-3)
+    assert "local_rank" not in args.nested
+    assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == modeling.PROMPT_SHA256
+    assert (facts["labels"], facts["step"]) == (["人名", "地名"], 50)
+    assert args.deepspeed["bf16"]["enabled"] is args.deepspeed["fp16"]["enabled"] is False
+    assert len(facts["instructs"]) == 1 and facts["versions"].keys() >= {"torch", "transformers", "peft", "deepspeed"}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_accumulation_gives_the_same_losses(workspace, base_dir, tmp_path, trainer):
+    options = ["--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_steps=37", f"--save_dir={tmp_path}"]
+    run_script(f"{trainer}.py", *training_options(base_dir), "--warmup_ratio=0", *options, cwd=workspace)
+    whole = tmp_path / "whole"
+    options = ["--max_steps=37", "--warmup_ratio=0", "--train_batch_size=6", f"--save_dir={whole}"]
+    run_script(f"{trainer}.py", *training_options(base_dir), *options, cwd=workspace)
+    losses = [[row["loss"] for row in read_log(run) if "loss" in row] for run in (tmp_path, whole)]
+    assert len(losses[0]) == 37 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_launcher_and_no_compiler(workspace, base_dir, tmp_path, trainer):
+    """`deepspeed train_*.py` on a machine without c++, g++ and gcc; adapter_model.bin; a run in the way is kept."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for folder in os.environ["PATH"].split(os.pathsep):
+        for tool in Path(folder).iterdir() if Path(folder).is_dir() else []:
+            if not COMPILER.fullmatch(tool.name) and not (tools / tool.name).exists():
+                (tools / tool.name).symlink_to(tool)
+    assert shutil.which("c++", path=str(tools)) is None and shutil.which("gcc", path=str(tools)) is None
+    save_dir = tmp_path / "run"
+    (save_dir / "adapter_model").mkdir(parents=True)
+    (save_dir / "adapter_model" / "mine.txt").touch()
+    result = run_script(
+        f"{trainer}.py",
+        *training_options(base_dir),
+        f"--save_dir={save_dir}",
+        "--max_steps=3",
+        "--safe_serialization=False",
+        cwd=workspace,
+        launcher=[shutil.which("deepspeed"), "--num_accelerators=1"],
+        env={"PATH": str(tools)},
+    )
+    weights = torch.load(save_dir / "adapter_model" / "adapter_model.bin", weights_only=True)
+    assert len(weights) == 28 and all(t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name)
+    assert (tmp_path / "run.old" / "adapter_model" / "mine.txt").exists() and "run.old" in result.stderr + result.stdout
+    assert json.loads((save_dir / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))["step"] == 3
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_resume_ends_where_an_uninterrupted_run_does(workspace, base_dir, tmp_path, trainer):
+    """From step 40 of 50 to the same adapter."""
+    done = workspace / "checkpoint" / "mine" / trainer
+    run = tmp_path / "run"
+    shutil.copytree(done, run)
+    shutil.rmtree(run / "checkpoint-50")
+    run_script(f"{trainer}.py", *training_options(base_dir), f"--save_dir={run}", "--resume", cwd=workspace)
+    rows = read_log(run)[len(read_log(done)) :]
+    assert rows == [row for row in read_log(done) if row["step"] > 40]
+    first, second = (load_file(d / "adapter_model" / "adapter_model.safetensors") for d in (done, run))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_can_be_resumed(tmp_path):
+    for step, marker in ((5, "complete"), (10, "complete"), (15, "half")):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / marker).touch()
+    assert checkpoint_to_resume(tmp_path, "False") is None
+    assert checkpoint_to_resume(tmp_path, "True") == tmp_path / "checkpoint-10"
+    assert checkpoint_to_resume(tmp_path, "5") == tmp_path / "checkpoint-5"
+    assert checkpoint_to_resume(tmp_path, str(tmp_path / "checkpoint-10")) == tmp_path / "checkpoint-10"
+    with pytest.raises(UserError, match="checkpoint-15 is not a complete checkpoint; .*checkpoint-5, checkpoint-10"):
+        checkpoint_to_resume(tmp_path, "15")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        checkpoint_to_resume(tmp_path / "nowhere", "True")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model_dir=./model_hub/chinese-alpaca-tiny"], "chinese-alpaca-tiny: no model here .* `make tiny`"),
+        (["--train_path=nowhere.txt"], "nowhere.txt: no such file"),
+        (["--response_column=output"], "train.txt:1: no column 'output' .*--response_column"),
+        (["--lorar=8"], "unknown option --lorar, did you mean --lora_r?"),
+        (["--lora_r=abc"], "--lora_r: expected int, got 'abc'"),
+        (["--learning_rate=1"], "--deepspeed_optimizer_params_lr"),
+        (["--lora_target_modules=q_projj"], "--lora_target_modules=q_projj: "),
+        (["--precision=fp16"], "fp16 needs a CUDA GPU; on a CPU use --precision=fp32"),
+        (["--max_seq_length=8"], "no example fits into max_seq_length=8"),
+        (["--resume=7"], "--resume=7: .*not a complete checkpoint"),
+        (["--deepspeed_json_path=wrong.json"], "train_micro_batch_size_per_gpu.*99.*train_batch_size.*12"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workspace, base_dir, options, message):
+    settings = {"train_micro_batch_size_per_gpu": 99, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
+    (workspace / "wrong.json").write_text(json.dumps(settings))
+    given = ["--data_name=mine", f"--model_dir={base_dir}", "--save_dir=checkpoint/bad", *options]
+    result = run_script("train_deepspeed.py", *given, cwd=workspace, check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and re.search(message, errors[0]), result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (workspace / "checkpoint" / "bad" / "adapter_model").exists()

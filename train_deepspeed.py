@@ -1,0 +1,169 @@
+"""Train LoRA adapters with a raw DeepSpeed loop.
+
+    deepspeed train_deepspeed.py
+    deepspeed train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b --lora_r=16
+    python train_deepspeed.py --max_steps=20                      # without the launcher: one process
+
+Reads data/<data_name>/instruct_data/{train,dev}.txt (made by process.py) and deepspeed.json (optimizer, precision,
+ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoint-<step>/ (to resume) and
+train_log.jsonl. train_trainer.py is the same recipe in the Hugging Face Trainer.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+
+from config_utils import run_script
+from dataset import TrainLoader, eval_batches, load_instruct_data, load_tokenizer, pad_batch
+from modeling import (
+    DTYPES,
+    TrainLog,
+    add_lora,
+    answer_loss,
+    check_model_dir,
+    checkpoint_to_resume,
+    describe_device,
+    evaluate_loss,
+    finish_checkpoint,
+    init_distributed,
+    load_base,
+    make_scheduler,
+    resolve_precision,
+    save_adapter,
+    say,
+    start_run,
+    training_facts,
+)
+
+CONFIG = {
+    # data and model
+    "data_name": "demo",  # folder under data/ and under checkpoint/
+    "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model; for 7B ./model_hub/chinese-alpaca-7b
+    "train_path": None,  # None: data/<data_name>/instruct_data/train.txt
+    "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
+    "save_dir": None,  # None: checkpoint/<data_name>/train_deepspeed
+    "instruct_column": "instruct",  # name of the instruction's column
+    "query_column": "query",  # name of the input's column
+    "response_column": "answer",  # name of the answer's column
+    "max_seq_length": 512,  # tokens of prompt + answer; longer examples are dropped and counted, never cut
+    "too_long": "drop",  # drop | error: what to do with longer examples
+    # LoRA
+    "lora": {
+        "r": 8,  # rank
+        "alpha": 32,  # scale; the update is multiplied by alpha / r
+        "dropout": 0.0,  # on the LoRA branch
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # where
+    },
+    # training; learning rate, betas, weight decay and ZeRO stand in deepspeed.json
+    "train_batch_size": 12,  # examples a device and micro-batch
+    "gradient_accumulation_steps": 1,  # micro-batches an optimizer step
+    "num_train_epochs": 3,  # passes over the data
+    "max_steps": -1,  # stop after so many optimizer steps; -1: by epochs
+    "warmup_ratio": 0.03,  # share of the steps with rising learning rate; then it falls linearly to 0
+    "seed": 42,  # of LoRA's start and the data order
+    "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
+    # logging and saving
+    "log_steps": 10,  # a log line every so many steps
+    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
+    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end
+    "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
+    "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
+    "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
+    # DeepSpeed
+    "deepspeed_json_path": None,  # None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json
+    "local_rank": -1,  # the deepspeed launcher passes it
+}
+
+
+def main(args):
+    data_dir = Path("data") / args.data_name / "instruct_data"
+    train_path, dev_path = args.train_path or data_dir / "train.txt", args.dev_path or data_dir / "dev.txt"
+    save_dir = args.save_dir or Path("checkpoint") / args.data_name / "train_deepspeed"
+
+    # Everything that can be wrong with the input is found before the weights load.
+    check_model_dir(args.model_dir)
+    resume_from = checkpoint_to_resume(save_dir, args.resume)
+    tokenizer = load_tokenizer(args.model_dir)
+    train_records, train_set = load_instruct_data(train_path, tokenizer, args)
+    _, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    facts = training_facts(args, train_records)
+
+    device, rank, world_size = init_distributed()
+    precision, ds_config = resolve_precision(args.precision, args.deepspeed, device)
+    start_run(save_dir, resume=resume_from is not None)
+    say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
+
+    collate = partial(pad_batch, pad_id=tokenizer.pad_token_id)
+    loader = TrainLoader(
+        train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
+    )
+    total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * loader.steps_per_epoch
+
+    model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
+    engine, _, _, scheduler = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=ds_config,
+        lr_scheduler=partial(make_scheduler, args=args, total_steps=total_steps),
+    )
+    step = 0
+    if resume_from:
+        engine.load_checkpoint(str(resume_from.parent), tag=resume_from.name, load_module_strict=False)
+        step = engine.global_steps
+        say(f"从 {resume_from} 继续，已完成 {step} 步")
+
+    def save():
+        save_adapter(model, save_dir, args, ds_config, facts, step)
+        engine.save_checkpoint(str(save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
+        finish_checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit)
+
+    def evaluate():
+        batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
+        log.write(
+            {"step": step, "epoch": step / loader.steps_per_epoch, "eval_loss": evaluate_loss(model, batches, device)}
+        )
+
+    log = TrainLog(save_dir, total_steps, step)
+    loss_sum, logged_steps = 0.0, 0
+    while step < total_steps:
+        epoch, skip = divmod(step, loader.steps_per_epoch)
+        loader.set_epoch(epoch)
+        for i, batch in enumerate(loader):
+            if i < skip * args.gradient_accumulation_steps:  # resumed inside an epoch
+                continue
+            step_tokens = batch.pop("step_tokens")
+            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+            # DeepSpeed averages gradients over ranks; the loss is a share of the step's mean over all ranks.
+            loss = answer_loss(engine, batch, step_tokens) * world_size
+            engine.backward(loss, scale_wrt_gas=False)
+            loss_sum += loss.detach()
+            at_step_end = engine.is_gradient_accumulation_boundary()
+            lr = scheduler.get_last_lr()[0]
+            engine.step()
+            if not at_step_end:
+                continue
+
+            step, logged_steps = step + 1, logged_steps + 1
+            log.step(loader.examples_in_step(step - 1))
+            if step % args.log_steps == 0 or step == total_steps:
+                mean = loss_sum / logged_steps
+                if world_size > 1:
+                    dist.all_reduce(mean, op=dist.ReduceOp.AVG)
+                log.write({"step": step, "epoch": step / loader.steps_per_epoch, "loss": mean.item(), "lr": lr})
+                loss_sum, logged_steps = 0.0, 0
+            at_end = step == total_steps
+            if args.eval_steps > 0 and (step % args.eval_steps == 0 or at_end):
+                evaluate()
+            if step % args.save_steps == 0 or at_end:
+                save()
+            if at_end:
+                break
+    log.close()
+    say(f"LoRA 已保存到 {Path(save_dir) / 'adapter_model'}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG, __file__)

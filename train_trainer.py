@@ -1,0 +1,222 @@
+"""Train LoRA adapters with the Hugging Face Trainer (on DeepSpeed).
+
+    deepspeed train_trainer.py
+    deepspeed train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b --lora_r=16
+    python train_trainer.py --max_steps=20                        # without the launcher: one process
+
+Reads data/<data_name>/instruct_data/{train,dev}.txt (made by process.py) and deepspeed.json (optimizer, precision,
+ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoint-<step>/ (to resume) and
+train_log.jsonl. train_deepspeed.py is the same recipe as a raw DeepSpeed loop.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from config_utils import run_script
+from dataset import TrainLoader, eval_batches, load_instruct_data, load_tokenizer, pad_batch
+from modeling import (
+    DTYPES,
+    TrainLog,
+    add_lora,
+    answer_loss,
+    check_model_dir,
+    checkpoint_to_resume,
+    describe_device,
+    evaluate_loss,
+    finish_checkpoint,
+    init_distributed,
+    load_base,
+    make_scheduler,
+    resolve_precision,
+    save_adapter,
+    say,
+    start_run,
+    training_facts,
+)
+
+CONFIG = {
+    # data and model
+    "data_name": "demo",  # folder under data/ and under checkpoint/
+    "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model; for 7B ./model_hub/chinese-alpaca-7b
+    "train_path": None,  # None: data/<data_name>/instruct_data/train.txt
+    "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
+    "save_dir": None,  # None: checkpoint/<data_name>/train_trainer
+    "instruct_column": "instruct",  # name of the instruction's column
+    "query_column": "query",  # name of the input's column
+    "response_column": "answer",  # name of the answer's column
+    "max_seq_length": 512,  # tokens of prompt + answer; longer examples are dropped and counted, never cut
+    "too_long": "drop",  # drop | error: what to do with longer examples
+    # LoRA
+    "lora": {
+        "r": 8,  # rank
+        "alpha": 32,  # scale; the update is multiplied by alpha / r
+        "dropout": 0.0,  # on the LoRA branch
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # where
+    },
+    # training; learning rate, betas, weight decay and ZeRO stand in deepspeed.json
+    "train_batch_size": 12,  # examples a device and micro-batch
+    "gradient_accumulation_steps": 1,  # micro-batches an optimizer step
+    "num_train_epochs": 3,  # passes over the data
+    "max_steps": -1,  # stop after so many optimizer steps; -1: by epochs
+    "warmup_ratio": 0.03,  # share of the steps with rising learning rate; then it falls linearly to 0
+    "seed": 42,  # of LoRA's start and the data order
+    "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
+    # logging and saving
+    "log_steps": 10,  # a log line every so many steps
+    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
+    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end
+    "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
+    "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
+    "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
+    # DeepSpeed
+    "deepspeed_json_path": None,  # None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json
+    "local_rank": -1,  # the deepspeed launcher passes it
+}
+
+
+class AdapterTrainer(Trainer):
+    """The stock Trainer with four methods replaced, each for one reason."""
+
+    def __init__(self, loader, save, evaluate, scheduler, **kwargs):
+        super().__init__(**kwargs)
+        self.loader, self.save, self.evaluate_dev, self.scheduler = loader, save, evaluate, scheduler
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
+
+    def get_train_dataloader(self):
+        """Replaced: accelerate's sharding repeats examples at the end of an epoch; ours has each exactly once."""
+        return self.loader
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """Replaced: Trainer's warm-up begins with a step at learning rate 0."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.scheduler(optimizer or self.optimizer)
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Replaced: loss over the answer tokens of the whole optimizer step. DeepSpeed averages it over ranks."""
+        return answer_loss(model, inputs, inputs.pop("step_tokens")) * self.args.world_size
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Replaced: only the adapter, whole or not at all; the stock method copies the base to the CPU first."""
+        self.save(self.state.global_step)
+
+    def evaluate(self, *args, **kwargs):
+        """Replaced: the mean over all answer tokens instead of a mean of batch means."""
+        metrics = self.evaluate_dev(self.state.global_step)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class LogCallback(TrainerCallback):
+    """Progress bar, log line, train_log.jsonl and the mark of a complete checkpoint."""
+
+    def __init__(self, log, loader, save_dir, save_total_limit):
+        self.log, self.loader, self.save_dir, self.save_total_limit = log, loader, Path(save_dir), save_total_limit
+        self.lr = 0.0
+
+    def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.lr = lr_scheduler.get_last_lr()[0]  # when Trainer logs, DeepSpeed has moved on to the next step's
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.log.step(self.loader.examples_in_step(state.global_step - 1))
+        if state.global_step == state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            epoch = state.global_step / self.loader.steps_per_epoch
+            self.log.write({"step": state.global_step, "epoch": epoch, "loss": logs["loss"], "lr": self.lr})
+
+    def on_save(self, args, state, control, **kwargs):
+        finish_checkpoint(self.save_dir / f"checkpoint-{state.global_step}", self.save_total_limit)
+
+
+def trainer_names(params):
+    """DeepSpeed's optimizer settings under Trainer's names; Trainer refuses to start where the two differ."""
+    names = {"lr": "learning_rate", "eps": "adam_epsilon", "weight_decay": "weight_decay"}
+    renamed = {names[key]: value for key, value in params.items() if key in names}
+    if "betas" in params:
+        renamed["adam_beta1"], renamed["adam_beta2"] = params["betas"]
+    return renamed
+
+
+def main(args):
+    data_dir = Path("data") / args.data_name / "instruct_data"
+    train_path, dev_path = args.train_path or data_dir / "train.txt", args.dev_path or data_dir / "dev.txt"
+    save_dir = args.save_dir or Path("checkpoint") / args.data_name / "train_trainer"
+
+    # Everything that can be wrong with the input is found before the weights load.
+    check_model_dir(args.model_dir)
+    resume_from = checkpoint_to_resume(save_dir, args.resume)
+    tokenizer = load_tokenizer(args.model_dir)
+    train_records, train_set = load_instruct_data(train_path, tokenizer, args)
+    _, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    facts = training_facts(args, train_records)
+
+    device, rank, world_size = init_distributed()
+    precision, ds_config = resolve_precision(args.precision, args.deepspeed, device)
+    start_run(save_dir, resume=resume_from is not None)
+    say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
+
+    collate = partial(pad_batch, pad_id=tokenizer.pad_token_id)
+    loader = TrainLoader(
+        train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
+    )
+    total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * loader.steps_per_epoch
+
+    training_args = TrainingArguments(
+        output_dir=str(save_dir),
+        per_device_train_batch_size=args.train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_steps=total_steps,
+        seed=args.seed,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=device.type == "cpu",  # without it two CPU ranks would train apart and never say so
+        deepspeed=ds_config,
+        max_grad_norm=ds_config.get("gradient_clipping", 0.0),
+        **trainer_names(ds_config["optimizer"]["params"]),
+        logging_steps=args.log_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if args.eval_steps > 0 else "no",
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        report_to="none",
+        disable_tqdm=True,  # TrainLog has the bar
+        remove_unused_columns=False,
+    )
+    assert training_args.world_size == world_size, (training_args.world_size, world_size)
+
+    model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
+    log = TrainLog(save_dir, total_steps)
+
+    def evaluate(step):
+        batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
+        loss = evaluate_loss(model, batches, device)
+        log.write({"step": step, "epoch": step / loader.steps_per_epoch, "eval_loss": loss})
+        return {"eval_loss": loss}
+
+    trainer = AdapterTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_set,
+        eval_dataset=dev_set,
+        loader=loader,
+        save=lambda step: save_adapter(model, save_dir, args, ds_config, facts, step),
+        evaluate=evaluate,
+        scheduler=partial(make_scheduler, args=args, total_steps=total_steps),
+        callbacks=[LogCallback(log, loader, save_dir, args.save_total_limit)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    log.close()
+    say(f"LoRA 已保存到 {Path(save_dir) / 'adapter_model'}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG, __file__)
