@@ -1,0 +1,104 @@
+"""Chat with the model, one question at a time.
+
+    python chat_ner.py
+    python chat_ner.py --base_model ./model_hub/chinese-alpaca-tiny --with_prompt --interactive     # the base alone
+    python chat_ner.py --data_file questions.txt --predictions_file answers.json --interactive=False
+
+An input that begins with the adapter's instruction gets exactly the prompt that training used; a typed `\\n` counts as
+a newline. Anything else is free chat. An empty line, Ctrl-D or Ctrl-C ends it.
+"""
+
+import json
+import readline  # noqa: F401  arrow keys and history in input()
+
+import torch
+from tqdm import tqdm
+
+from config_utils import UserError, run_script
+from dataset import BOS, build_prompt, encode_prompts, read_lines
+from generation import generate
+from modeling import load_for_inference, say
+
+CONFIG = {
+    "base_model": None,  # None: the base that the adapter was trained on; given alone: that model without an adapter
+    "lora_model": "auto",  # auto: the demo's adapter written last | a folder | none: the base alone
+    "tokenizer_path": None,  # None: that of the base
+    "with_prompt": True,  # False: the model reads the input as typed
+    "interactive": True,  # ask for input; with --data_file the file is answered instead
+    "data_file": None,  # inputs, one a line
+    "predictions_file": "predictions.txt",  # answers to data_file, a JSON list of {"Input", "Output"}
+    "gpus": "0",  # the GPU to use
+    "only_cpu": False,  # do not use a GPU
+    "max_new_tokens": 512,  # an answer is cut after so many tokens
+}
+BANNER = """\
++ 该模式下仅支持单轮问答，无多轮对话能力。
++ 如要进行多轮对话，请使用llama.cpp或llamachat工具。
+-------------------------------------------------------------------------------------
++ This mode only supports single-turn QA.
++ If you want to experience multi-turn dialogue, please use llama.cpp or llamachat.
+====================================================================================="""
+
+
+def chat_prompt(line, instructs):
+    """The prompt of one input line: training's own if it begins with an instruction, else the line as instruction."""
+    text = line.replace("\\n", "\n")
+    for instruct in instructs:
+        if text.startswith(instruct):
+            return build_prompt(instruct, text.removeprefix(instruct).lstrip("\n"))
+    return build_prompt(line, "")
+
+
+def pick_device(gpus, only_cpu):
+    if only_cpu or not torch.cuda.is_available():
+        return "cpu"
+    first = gpus.split(",")[0].strip()
+    if not first.isdigit() or int(first) >= torch.cuda.device_count():
+        raise UserError(f"--gpus={gpus}: expected a number below {torch.cuda.device_count()}, the number of GPUs here")
+    return f"cuda:{first}"
+
+
+def main(args):
+    if not args.interactive and not args.data_file:
+        raise UserError("--interactive=False needs --data_file, a file with one input a line")
+    questions = [line for _, line in read_lines(args.data_file) if line.strip()] if args.data_file else []
+    alone = args.base_model and args.lora_model == "auto"
+    model, tokenizer, _, facts, _ = load_for_inference(
+        args.base_model,
+        "none" if alone else args.lora_model,
+        args.tokenizer_path,
+        device=pick_device(args.gpus, args.only_cpu),
+    )
+
+    def answer(line):
+        if args.with_prompt:
+            ids = encode_prompts(tokenizer, [chat_prompt(line, facts.get("instructs", []))])
+        else:
+            ids = [[BOS, *tokenizer.encode_texts([line])[0]]]
+        text = generate(model, tokenizer, ids, args.max_new_tokens, batch_size=1)[0].text
+        return "（输入超过模型的长度上限）" if text is None else text
+
+    if args.data_file:
+        results = [
+            {"Input": q, "Output": answer(q)} for q in tqdm(questions, desc="回答", unit="条", dynamic_ncols=True)
+        ]
+        with open(args.predictions_file, "w", encoding="utf-8") as file:
+            json.dump(results, file, ensure_ascii=False, indent=2)
+        say(f"{len(results)} 条回答已写到 {args.predictions_file}")
+        return
+
+    print(BANNER)
+    while True:
+        try:
+            line = input("Input:")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not line.strip():
+            return
+        print("Response: ", answer(line))
+        print("\n")
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG, __file__)

@@ -1,0 +1,66 @@
+"""Measure an adapter: generate the answers of the dev set and score the entities.
+
+    python test.py
+    python test.py --data_name=msra --lora_model=./checkpoint/msra/train_deepspeed/adapter_model
+    python test.py --lora_model=none --max_new_tokens=64          # the base alone
+
+Reads data/<data_name>/instruct_data/dev.txt and an adapter of checkpoint/<data_name>/ (the one written last). Writes
+predictions.jsonl and metrics.json beside adapter_model/. The answers are generated freely, greedily, for every row.
+"""
+
+import json
+from pathlib import Path
+
+from config_utils import run_script
+from dataset import labels_of, locate, parse_answer, read_examples
+from generation import predict_rows
+from metrics import score, table
+from modeling import load_for_inference, say
+
+CONFIG = {
+    "data_name": "demo",  # folder under data/ and under checkpoint/
+    "base_model": None,  # None: the base that the adapter was trained on
+    "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
+    "tokenizer_path": None,  # None: that of the base
+    "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
+    "batch_size": 64,  # examples generated at once
+    "max_new_tokens": 512,  # an answer is cut after so many tokens; counted and reported
+    "precision": "auto",  # auto | bf16 | fp16 | fp32
+    "max_examples": -1,  # only the first N examples; -1: all
+}
+SHOWN = 20  # answers printed as a list, before the table
+
+
+def main(args):
+    dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / "dev.txt"
+    model, tokenizer, adapter, facts, train_args = load_for_inference(
+        args.base_model, args.lora_model, args.tokenizer_path, args.precision, args.data_name
+    )
+    columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
+    examples = read_examples(dev_path, *columns)
+    examples = examples[: args.max_examples] if args.max_examples > 0 else examples
+    labels = facts.get("labels") or labels_of(examples)
+
+    rows, cut = predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size)
+    metrics = score(rows, labels)
+
+    print("预测：", [row["prediction"] for row in rows[:SHOWN]], end="\n\n")
+    print("真实：", [row["answer"] for row in rows[:SHOWN]], end="\n\n")
+    # The answer format has no offsets, so even perfect answers can miss by position.
+    perfect = [{**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities), "problems": {}} for r in rows]
+    print(table(metrics, perfect=score(perfect, labels)))
+    if too_long := sum(row["prediction"] is None for row in rows):
+        print(f"{too_long} 条超过模型的长度上限，没有回答，按漏掉计分")
+    if cut:
+        print(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 被截断")
+
+    out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    say(f"结果已写到 {out}/predictions.jsonl 和 metrics.json")
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG, __file__)

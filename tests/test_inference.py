@@ -1,0 +1,238 @@
+"""test.py, predict.py and chat_ner.py as a user runs them.     python -m pytest tests/test_inference.py"""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import chat_ner
+import metrics
+from conftest import INSTRUCTION, run_script
+from dataset import build_prompt, encode_prompts, load_tokenizer, read_examples
+from generation import generate
+from modeling import DEFAULT_BASE, TRAINERS, find_adapter
+
+SHORT = ["--precision=fp32", "--max_new_tokens=8"]  # a random model never says eos by itself
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def adapter(workspace):
+    return workspace / "checkpoint" / "mine" / "train_trainer" / "adapter_model"
+
+
+@pytest.fixture(scope="module")
+def tested(workspace):
+    result = run_script("test.py", "--data_name=mine", *SHORT, cwd=workspace)
+    run_dir = find_last(workspace)
+    return result, read_rows(run_dir / "predictions.jsonl"), json.loads((run_dir / "metrics.json").read_text())
+
+
+def find_last(workspace):
+    runs = [workspace / "checkpoint" / "mine" / name for name in TRAINERS]
+    return max(runs, key=lambda run: (run / "adapter_model" / "adapter_config.json").stat().st_mtime)
+
+
+def test_every_dev_row_has_a_prediction(tested, workspace):
+    _, rows, scores = tested
+    dev = read_examples(workspace / "data" / "mine" / "instruct_data" / "dev.txt")
+    assert [(row["text"], row["answer"]) for row in rows] == [(e["text"], e["answer"]) for e in dev]
+    assert all(isinstance(row["prediction"], str) for row in rows) and scores["examples"] == len(dev) == 31
+    for row in rows:
+        assert all(row["text"][b:e] == x["entity"] for x in row["entities"] + row["gold"] for b, e in x["spans"])
+
+
+def test_metrics_can_be_recomputed_from_the_file(tested):
+    _, rows, scores = tested
+    assert metrics.score(rows, ["人名", "地名"]) == scores
+    assert scores["string"]["micro"]["support"] == sum(len(row["gold"]) for row in rows) > 0
+
+
+def test_printed_report(tested):
+    result, rows, _ = tested
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"预测： {[row['prediction'] for row in rows[:20]]}" and lines[1] == ""
+    assert lines[2] == f"真实： {[row['answer'] for row in rows[:20]]}" and lines[3] == ""
+    assert re.search(r"^总计( +\d+\.\d\d){3} +\d+( +\d+\.\d\d){3} +\d+$", result.stdout, re.M)
+    assert "条回答达到 max_new_tokens=8 被截断" in result.stdout and "Traceback" not in result.stderr
+
+
+def test_answers_are_generated_and_not_teacher_forced(tested, workspace, base_dir):
+    """The predictions equal a plain greedy loop, one example and one token at a time, which never sees an answer."""
+    _, rows, _ = tested
+    tokenizer = load_tokenizer(base_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(find_last(workspace) / "adapter_model")).eval()
+    for row in rows[:5]:
+        (ids,) = encode_prompts(tokenizer, [build_prompt(INSTRUCTION, f"文本：{row['text']}")])
+        new = []
+        with torch.no_grad():
+            while len(new) < 8 and 2 not in new:
+                new.append(model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax().item())
+        assert tokenizer.decode([i for i in new if i != 2]) == row["prediction"]
+
+
+def test_batch_size_does_not_change_answers(base_dir, workspace):
+    tokenizer = load_tokenizer(base_dir)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    dev = read_examples(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:9]
+    prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in dev])
+    prompts.append(prompts[0] * 9)  # exceeds the 512 positions
+    answers = [generate(model, tokenizer, prompts, 12, batch_size) for batch_size in (1, 4, 64)]
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][-1].text is None and all(answer.text for answer in answers[0][:-1])
+
+
+def test_too_long_a_row_keeps_its_place_and_counts_as_missed(workspace, tmp_path):
+    dev = read_rows(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:3]
+    dev[1] = {"instruct": INSTRUCTION, "query": "文本：" + "王明去年在北京。" * 200, "answer": "王明_人名\n北京_地名"}
+    path = tmp_path / "dev.txt"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dev), encoding="utf-8")
+    result = run_script("test.py", "--data_name=mine", f"--dev_path={path}", *SHORT, cwd=workspace)
+    rows = read_rows(find_last(workspace) / "predictions.jsonl")
+    assert [row["prediction"] is None for row in rows] == [False, True, False]
+    assert "1 条超过模型的长度上限" in result.stdout
+    # without offsets of its own, gold is located by the answer: all 200 of each
+    assert [len(entity["spans"]) for entity in rows[1]["gold"]] == [200, 200]
+
+
+def test_base_alone(workspace, base_dir):
+    options = ["--data_name=mine", "--lora_model=none", f"--base_model={base_dir}", "--max_examples=5", *SHORT]
+    run_script("test.py", *options, cwd=workspace)
+    assert len(read_rows(workspace / "checkpoint" / "mine" / "base" / "predictions.jsonl")) == 5
+
+
+def test_auto_takes_the_adapter_written_last(workspace, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workspace / "checkpoint", tmp_path / "checkpoint", copy_function=shutil.copy2)
+    last = find_last(tmp_path)
+    assert find_adapter("mine", "auto").resolve() == (last / "adapter_model").resolve()
+    (last / "adapter_model").rename(last / "adapter_model.old")  # killed between the two renames of a save
+    assert find_adapter("mine", "auto").resolve() == (last / "adapter_model.old").resolve()
+    assert find_adapter("mine", "none") is find_adapter("mine", "None") is None
+    shutil.copytree(last / "adapter_model.old", tmp_path / "checkpoint" / "mine" / "shipped" / "adapter_model")
+    for name in TRAINERS:
+        shutil.rmtree(tmp_path / "checkpoint" / "mine" / name)
+    assert "shipped" in str(find_adapter("mine", "auto"))
+
+
+def test_predict_prints_blocks(workspace, adapter):
+    result = run_script("predict.py", f"--lora_model={adapter}", *SHORT, cwd=workspace)
+    lines = result.stdout.splitlines()
+    assert lines[0] == "=" * 100
+    assert (
+        result.stdout.count("文本 >>>  ") == result.stdout.count("预测 >>>  ") == result.stdout.count("真实 >>>  ") == 3
+    )
+    first = INSTRUCTION.replace("\n", "\\n") + "文本："
+    assert all(line.startswith(f'文本 >>>  "{first}') and line.endswith('"') for line in lines if "文本 >>>" in line)
+
+
+def test_predict_text_and_files(workspace, adapter, tmp_path):
+    lora = f"--lora_model={adapter}"
+    result = run_script("predict.py", lora, "--text=王明在北京", *SHORT, cwd=workspace)
+    assert "王明在北京" in result.stdout and "真实" not in result.stdout
+    texts = tmp_path / "我的 文本.txt"
+    texts.write_text("王明在北京\n\n" + "长" * 3000 + "\n李华说😀_没有\n", encoding="utf-8")
+    result = run_script(
+        "predict.py", lora, f"--input_path={texts}", f"--output_path={tmp_path}/o", *SHORT, cwd=workspace
+    )
+    rows = read_rows(tmp_path / "o")
+    assert [row["text"][:3] for row in rows] == ["王明在", "长长长", "李华说"]
+    assert [row["prediction"] is None for row in rows] == [False, True, False] and "第 2 条" in result.stderr
+    assert all(row["answer"] is None and "gold" not in row for row in rows)
+    records = [{"text": "王明在北京", "answer": "王明_人名"}, {"instruct": "说", "query": "文本：你好"}]
+    texts.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    result = run_script("predict.py", lora, f"--input_path={texts}", *SHORT, cwd=workspace)
+    assert '文本 >>>  "说文本：你好"' in result.stdout and result.stdout.count("真实 >>>  王明_人名") == 1
+
+
+def test_chat_prompt_of_a_pasted_line_is_trainings_own():
+    """As users paste it: instruction and text on one line, a literal \\n in it and none before 文本."""
+    pasted = INSTRUCTION.replace("\n", "\\n") + "文本：王明在北京"
+    assert chat_ner.chat_prompt(pasted, [INSTRUCTION]) == build_prompt(INSTRUCTION, "文本：王明在北京")
+    assert chat_ner.chat_prompt(pasted.replace("文本：", "\\n文本："), [INSTRUCTION]) == build_prompt(
+        INSTRUCTION, "文本：王明在北京"
+    )
+    assert chat_ner.chat_prompt("你好\\n吗", [INSTRUCTION]) == build_prompt("你好\\n吗", "")
+    assert chat_ner.chat_prompt("你好", []) == build_prompt("你好", "")
+
+
+def test_chat_is_single_turn_and_ends_cleanly(workspace, adapter, base_dir):
+    options = ["--lora_model", adapter, "--with_prompt", "--interactive", "--max_new_tokens=4"]
+    for stdin, answers in (("你好\n你好\n", 2), ("你好\n\n你好\n", 1), ("", 0)):
+        result = run_script("chat_ner.py", *options, cwd=workspace, stdin=stdin)
+        parts = re.findall(r"Input:Response:  (.*?)\n\n\n", result.stdout, re.S)
+        assert len(parts) == answers and len(set(parts)) <= 1, result.stdout
+        assert result.stdout.startswith("+ 该模式下仅支持单轮问答，无多轮对话能力。\n+ 如要进行多轮对话")
+    alone = run_script("chat_ner.py", "--base_model", base_dir, "--only_cpu", cwd=workspace, stdin="")
+    assert "LoRA: 无" in alone.stderr
+
+
+def test_chat_answers_a_file(workspace, adapter, tmp_path):
+    (tmp_path / "q.txt").write_text(
+        f"你好\n{INSTRUCTION.replace(chr(10), chr(92) + 'n')}文本：王明\n", encoding="utf-8"
+    )
+    options = [f"--lora_model={adapter}", "--data_file", tmp_path / "q.txt", "--predictions_file", tmp_path / "a.json"]
+    run_script("chat_ner.py", *options, "--interactive=False", "--max_new_tokens=4", cwd=workspace)
+    answers = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert [sorted(answer) for answer in answers] == [["Input", "Output"]] * 2 and answers[0]["Input"] == "你好"
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
+    """Adapters and bases that do not go together."""
+    folder = tmp_path_factory.mktemp("misfits")
+    shutil.copytree(base_dir, folder / "narrow")
+    config = json.loads((folder / "narrow" / "config.json").read_text())
+    (folder / "narrow" / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
+    shutil.copytree(base_dir, folder / "other_words")
+    shutil.copy(tokenizer_models / "merged.model", folder / "other_words" / "tokenizer.model")
+    shutil.copytree(adapter, folder / "original")
+    (folder / "original" / "train_args.json").write_text(json.dumps({"data_name": "msra", "lora_r": 8}))
+    shutil.copytree(adapter, folder / "broken")
+    (folder / "broken" / "train_args.json").write_text('{"config": ')
+    return folder
+
+
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        ("test.py", ["--data_name=nothing"], r"checkpoint/nothing: no adapter here; .*deepspeed train_trainer.py"),
+        ("test.py", ["--lora_model=nowhere"], "nowhere: no adapter here"),
+        ("test.py", ["--data_name=mine", "--dev_path=nowhere"], "nowhere: no such file"),
+        ("test.py", ["--lora_model={misfits}/original"], "original scripts.*retrain"),
+        ("test.py", ["--lora_model={misfits}/broken"], "train_args.json: line 1"),
+        ("predict.py", ["--lora_model={adapter}", "--base_model={misfits}/narrow"], "32, the model 2 of 16"),
+        ("predict.py", ["--lora_model={adapter}", "--base_model={misfits}/other_words"], "not the one that .* trained"),
+        ("predict.py", ["--lora_model={adapter}", "--base_model=nowhere-7b"], "nowhere-7b: no model here"),
+        ("predict.py", ["--lora_model={adapter}", "--precision=int8"], "--precision=int8: expected auto"),
+        ("predict.py", ["--text=a", "--input_path=b"], "give one of the two"),
+        ("predict.py", ["--input_path=nowhere"], "nowhere: no such file"),
+        ("chat_ner.py", ["--interactive=False"], "--interactive=False needs --data_file"),
+        ("chat_ner.py", ["--interactiv"], "did you mean --interactive?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workspace, adapter, misfits, script, options, message):
+    options = [option.format(adapter=adapter, misfits=misfits) for option in options]
+    result = run_script(script, *options, cwd=workspace, check=False)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and len(errors) == 1 and re.search(message, errors[0]), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_the_default_base_is_the_trainers():
+    import train_deepspeed
+    import train_trainer
+
+    assert train_deepspeed.CONFIG["model_dir"] == train_trainer.CONFIG["model_dir"] == DEFAULT_BASE
+    different = {"save_dir"}
+    keys = [key for key in train_deepspeed.CONFIG if key not in different]
+    assert list(train_trainer.CONFIG) == list(train_deepspeed.CONFIG)
+    assert all(train_trainer.CONFIG[key] == train_deepspeed.CONFIG[key] for key in keys)
