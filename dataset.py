@@ -6,13 +6,10 @@ disagree about a byte of it. Nothing here loads weights or reads the command lin
 
 import hashlib
 import json
-import math
-import random
 from collections import namedtuple
 from pathlib import Path
 from shutil import copyfile
 
-import torch
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 from transformers import SentencePieceBackend
@@ -32,7 +29,6 @@ INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
     "不同实体间用\n分隔。如果没有结果，回答'没有'。"
 )
-IGNORE_INDEX = -100  # torch's cross_entropy skips positions with this label
 BOS, EOS, UNK = 1, 2, 0  # the ids of every LLaMA vocabulary
 
 
@@ -256,7 +252,7 @@ def labels_of(examples):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# token ids and batches
+# token ids
 
 
 TokenizedExample = namedtuple("TokenizedExample", "prompt_ids answer_ids")  # lists of int; answer_ids ends with eos
@@ -303,70 +299,3 @@ def fit_length(examples, path, max_seq_length, too_long="drop"):
             f"（最长 {max(lengths)} 个 token）"
         )
     return kept
-
-
-def pad_batch(examples, pad_id):
-    """Examples of one micro-batch, padded on the right to the longest: a dict of [batch, length] tensors.
-
-    An empty micro-batch (a rank that has nothing left in the last step) is one bos without a label: its loss is 0.
-    """
-    rows = [(e.prompt_ids + e.answer_ids, len(e.prompt_ids)) for e in examples] or [([BOS], 1)]
-    length = max(len(ids) for ids, _ in rows)
-    return {
-        "input_ids": torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in rows]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
-        "labels": torch.tensor(
-            [[IGNORE_INDEX] * start + ids[start:] + [IGNORE_INDEX] * (length - len(ids)) for ids, start in rows]
-        ),
-    }
-
-
-def optimizer_steps(n, batch_size, accumulation, world_size, seed, epoch):
-    """The order of one epoch: for each optimizer step, for each rank, `accumulation` lists of example indices.
-
-    Every index occurs exactly once. The last step may be smaller; its examples are spread evenly over ranks and
-    micro-batches, some of which may be empty, so that every rank takes part in every step.
-    """
-    order = list(range(n))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    cells = accumulation * world_size
-    for start in range(0, n, batch_size * cells):
-        group = order[start : start + batch_size * cells]
-        parts = [group[len(group) * i // cells : len(group) * (i + 1) // cells] for i in range(cells)]
-        yield [parts[rank * accumulation : (rank + 1) * accumulation] for rank in range(world_size)]
-
-
-class TrainLoader:
-    """One rank's micro-batches, epoch by epoch: the same for both trainers, `accumulation` of them an optimizer step.
-
-    Each batch carries `step_tokens`, the answer tokens of the whole optimizer step (accumulation and ranks included),
-    by which its summed loss is to be divided.
-    """
-
-    def __init__(self, examples, batch_size, accumulation, collate, seed, rank=0, world_size=1):
-        self.examples, self.collate = examples, collate
-        self.shape, self.seed, self.rank, self.epoch = (batch_size, accumulation, world_size), seed, rank, 0
-        self.steps_per_epoch = -(-len(examples) // (batch_size * accumulation * world_size))
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __len__(self):
-        return self.steps_per_epoch * self.shape[1]
-
-    def examples_in_step(self, step):
-        """How many examples of all ranks a 0-based optimizer step has; the last of an epoch may have fewer."""
-        size = math.prod(self.shape)
-        return min(size, len(self.examples) - step % self.steps_per_epoch * size)
-
-    def __iter__(self):
-        for step in optimizer_steps(len(self.examples), *self.shape, self.seed, self.epoch):
-            tokens = sum(len(self.examples[i].answer_ids) for parts in step for part in parts for i in part)
-            for part in step[self.rank]:
-                yield {**self.collate([self.examples[i] for i in part]), "step_tokens": tokens}
-
-
-def eval_batches(examples, batch_size, collate, rank=0, world_size=1):
-    """Every example once, in file order, sharded by rank: an iterator of collated batches."""
-    for start in range(rank * batch_size, len(examples), batch_size * world_size):
-        yield collate(examples[start : start + batch_size])

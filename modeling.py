@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from config_utils import UserError, load_config, save_config
 from dataset import PROMPT_SHA256, how_to_get, labels_of, load_tokenizer, tokenizer_sha256
+from packing import tree_mask
 
 DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
 TRAINERS = ("train_trainer", "train_deepspeed")
@@ -31,7 +32,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One line a user can act on is worth more than a page of library notices.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
 warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, after a warning
@@ -153,23 +154,34 @@ def add_lora(model, args):
         raise UserError(f"--lora_target_modules={','.join(args.lora_target_modules)}: {error}") from None
 
 
-def answer_loss(model, batch, step_tokens):
+def answer_loss(model, rows, step_tokens):
     """Summed cross-entropy of a micro-batch over the answer tokens of its whole optimizer step (a float32 scalar).
 
-    batch: what dataset's collator made, on the model's device. Micro-batches and ranks add up to the step's mean.
+    rows: what packing's collate made of the examples. Micro-batches and ranks add up to the step's mean.
     """
-    return model(**batch, use_cache=False, num_items_in_batch=step_tokens).loss.float()
+    device = next(model.parameters()).device
+    losses = [model(**model_inputs(row, device), num_items_in_batch=step_tokens).loss.float() for row in rows]
+    return torch.stack(losses).sum()
+
+
+def model_inputs(row, device):
+    """A row on the device, with its mask, as LlamaForCausalLM takes it. It must not keep a cache: with one,
+    transformers ignores that the examples of a row are apart."""
+    row = {key: value.to(device, non_blocking=True) for key, value in row.items()}
+    if "enter" in row:
+        row["attention_mask"] = tree_mask(row.pop("enter"), row.pop("exit"))
+        row["labels"] = row["shift_labels"]  # without labels there is no loss
+    return {**row, "use_cache": False}
 
 
 @torch.no_grad()
 def evaluate_loss(model, batches, device):
-    """Mean cross-entropy per answer token over all batches of all ranks."""
+    """Mean cross-entropy per answer token over all batches (lists of rows) of all ranks."""
     training, total = model.training, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        total[0] += answer_loss(model, batch, 1).double()
-        total[1] += (batch["labels"] >= 0).sum()
+    for rows in batches:
+        total[0] += answer_loss(model, rows, 1).double()
+        total[1] += sum((row.get("shift_labels", row.get("labels")) >= 0).sum().item() for row in rows)
     model.train(training)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)

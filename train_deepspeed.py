@@ -16,7 +16,7 @@ import deepspeed
 import torch.distributed as dist
 
 from config_utils import run_script
-from dataset import TrainLoader, eval_batches, load_instruct_data, load_tokenizer, pad_batch
+from dataset import load_instruct_data, load_tokenizer
 from modeling import (
     DTYPES,
     TrainLog,
@@ -36,6 +36,7 @@ from modeling import (
     start_run,
     training_facts,
 )
+from packing import TrainLoader, eval_batches, make_collate
 
 CONFIG = {
     # data and model
@@ -57,6 +58,7 @@ CONFIG = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # where
     },
     # training; learning rate, betas, weight decay and ZeRO stand in deepspeed.json
+    "packing": "prefix",  # prefix (what examples share is computed once) | plain (end to end) | none (padded)
     "train_batch_size": 12,  # examples a device and micro-batch
     "gradient_accumulation_steps": 1,  # micro-batches an optimizer step
     "num_train_epochs": 3,  # passes over the data
@@ -95,7 +97,7 @@ def main(args):
     start_run(save_dir, resume=resume_from is not None)
     say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
 
-    collate = partial(pad_batch, pad_id=tokenizer.pad_token_id)
+    collate = make_collate(args.packing, tokenizer.pad_token_id, device.type)
     loader = TrainLoader(
         train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
     )
@@ -128,15 +130,10 @@ def main(args):
     log = TrainLog(save_dir, total_steps, step)
     loss_sum, logged_steps = 0.0, 0
     while step < total_steps:
-        epoch, skip = divmod(step, loader.steps_per_epoch)
-        loader.set_epoch(epoch)
-        for i, batch in enumerate(loader):
-            if i < skip * args.gradient_accumulation_steps:  # resumed inside an epoch
-                continue
-            step_tokens = batch.pop("step_tokens")
-            batch = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+        loader.seek(step)
+        for batch in loader:
             # DeepSpeed averages gradients over ranks; the loss is a share of the step's mean over all ranks.
-            loss = answer_loss(engine, batch, step_tokens) * world_size
+            loss = answer_loss(engine, **batch) * world_size
             engine.backward(loss, scale_wrt_gas=False)
             loss_sum += loss.detach()
             at_step_end = engine.is_gradient_accumulation_boundary()

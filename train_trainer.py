@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from config_utils import run_script
-from dataset import TrainLoader, eval_batches, load_instruct_data, load_tokenizer, pad_batch
+from dataset import load_instruct_data, load_tokenizer
 from modeling import (
     DTYPES,
     TrainLog,
@@ -37,6 +37,7 @@ from modeling import (
     start_run,
     training_facts,
 )
+from packing import TrainLoader, eval_batches, make_collate
 
 CONFIG = {
     # data and model
@@ -58,6 +59,7 @@ CONFIG = {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # where
     },
     # training; learning rate, betas, weight decay and ZeRO stand in deepspeed.json
+    "packing": "prefix",  # prefix (what examples share is computed once) | plain (end to end) | none (padded)
     "train_batch_size": 12,  # examples a device and micro-batch
     "gradient_accumulation_steps": 1,  # micro-batches an optimizer step
     "num_train_epochs": 3,  # passes over the data
@@ -98,7 +100,7 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Replaced: loss over the answer tokens of the whole optimizer step. DeepSpeed averages it over ranks."""
-        return answer_loss(model, inputs, inputs.pop("step_tokens")) * self.args.world_size
+        return answer_loss(model, **inputs) * self.args.world_size
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Replaced: only the adapter, whole or not at all; the stock method copies the base to the CPU first."""
@@ -162,7 +164,7 @@ def main(args):
     start_run(save_dir, resume=resume_from is not None)
     say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
 
-    collate = partial(pad_batch, pad_id=tokenizer.pad_token_id)
+    collate = make_collate(args.packing, tokenizer.pad_token_id, device.type)
     loader = TrainLoader(
         train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
     )
@@ -188,11 +190,14 @@ def main(args):
         report_to="none",
         disable_tqdm=True,  # TrainLog has the bar
         remove_unused_columns=False,
+        ignore_data_skip=True,  # the loader skips what a resumed run has seen
     )
     assert training_args.world_size == world_size, (training_args.world_size, world_size)
 
     model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
-    log = TrainLog(save_dir, total_steps)
+    first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
+    log = TrainLog(save_dir, total_steps, first_step)
+    loader.seek(first_step)
 
     def evaluate(step):
         batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
@@ -212,6 +217,8 @@ def main(args):
         callbacks=[LogCallback(log, loader, save_dir, args.save_total_limit)],
     )
     trainer.remove_callback(PrinterCallback)
+    if resume_from:
+        say(f"从 {resume_from} 继续，已完成 {first_step} 步")
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     log.close()
     say(f"LoRA 已保存到 {Path(save_dir) / 'adapter_model'}")

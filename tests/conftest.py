@@ -106,6 +106,12 @@ def base_dir(tmp_path_factory, tokenizer_models):
     return folder
 
 
+class LoraSettings:
+    """What add_lora reads of a trainer's args."""
+
+    seed, lora_r, lora_alpha, lora_dropout, lora_target_modules = 42, 4, 8, 0.0, ["q_proj", "o_proj", "down_proj"]
+
+
 def make_records(count, seed):
     """Instruct data of our own: one sentence each with a person and a place, or with neither."""
     draw = random.Random(seed)

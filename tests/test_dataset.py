@@ -6,7 +6,6 @@ import random
 
 import pytest
 import sentencepiece
-import torch
 from transformers import AutoTokenizer
 
 import dataset
@@ -14,11 +13,9 @@ from config_utils import UserError
 from conftest import INSTRUCTION, make_records, write_jsonl
 from dataset import (
     EOS,
-    IGNORE_INDEX,
     INSTRUCT,
     PROMPT,
     TokenizedExample,
-    TrainLoader,
     build_prompt,
     encode_examples,
     fit_length,
@@ -27,8 +24,6 @@ from dataset import (
     labels_of,
     load_tokenizer,
     locate,
-    optimizer_steps,
-    pad_batch,
     parse_answer,
     read_examples,
     read_jsonl,
@@ -216,7 +211,7 @@ def test_labels_stand_in_the_order_of_the_instruction():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# lengths, order and batches
+# lengths
 
 
 def example(prompt, answer):
@@ -233,62 +228,6 @@ def test_nothing_is_cut(capsys):
         fit_length(examples, "f", 3)
     with pytest.raises(UserError, match="--too_long=cut: expected drop or error"):
         fit_length(examples, "f", 8, "cut")
-
-
-def test_pad_batch():
-    batch = pad_batch([example(3, 2), example(2, 1)], pad_id=9)
-    assert batch["input_ids"].tolist() == [[10, 11, 12, 30, 2], [10, 11, 2, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
-    no = IGNORE_INDEX
-    assert batch["labels"].tolist() == [[no, no, no, 30, 2], [no, no, 2, no, no]]
-
-
-def test_a_pad_token_in_the_users_text_still_carries_loss():
-    batch = pad_batch([TokenizedExample([1, 9], [9, EOS]), example(4, 4)], pad_id=9)
-    assert batch["labels"][0].tolist()[:4] == [IGNORE_INDEX, IGNORE_INDEX, 9, EOS]
-    assert batch["attention_mask"][0].tolist()[:4] == [1, 1, 1, 1]
-
-
-def test_an_empty_micro_batch_has_no_label():
-    assert (pad_batch([], pad_id=0)["labels"] == IGNORE_INDEX).all()
-
-
-@pytest.mark.parametrize(
-    "n, batch, accumulation, ranks", [(205, 12, 1, 1), (205, 3, 4, 2), (7, 4, 2, 4), (24, 4, 2, 3)]
-)
-def test_every_example_once_an_epoch(n, batch, accumulation, ranks):
-    for epoch in range(3):
-        steps = list(optimizer_steps(n, batch, accumulation, ranks, 42, epoch))
-        assert len(steps) == -(-n // (batch * accumulation * ranks))
-        assert all(len(step) == ranks and {len(parts) for parts in step} == {accumulation} for step in steps)
-        assert sorted(i for step in steps for parts in step for part in parts for i in part) == list(range(n))
-        assert all(len(part) <= batch for step in steps for parts in step for part in parts)
-
-
-def test_layout_does_not_change_which_examples_a_step_has():
-    def sets(*shape):
-        return [
-            sorted(i for parts in step for part in parts for i in part) for step in optimizer_steps(205, *shape, 42, 1)
-        ]
-
-    assert sets(12, 1, 1) == sets(3, 4, 1) == sets(3, 2, 2) == sets(1, 1, 12)
-    orders = [next(iter(optimizer_steps(205, 12, 1, 1, seed, epoch))) for seed, epoch in ((42, 0), (42, 1), (43, 0))]
-    assert orders[0] != orders[1] and orders[0] != orders[2]
-
-
-def test_loader_counts_the_answer_tokens_of_the_whole_step():
-    draw = random.Random(0)
-    examples = [example(draw.randint(2, 6), draw.randint(1, 5)) for _ in range(23)]
-    loaders = [TrainLoader(examples, 2, 2, lambda e: pad_batch(e, 0), 42, rank, 2) for rank in range(2)]
-    batches = [list(loader) for loader in loaders]
-    assert [len(b) for b in batches] == [len(loader) for loader in loaders] == [6, 6]
-    for step in range(3):
-        micro = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
-        tokens = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in micro)
-        assert {batch["step_tokens"] for batch in micro} == {tokens}
-    assert [loaders[0].examples_in_step(k) for k in range(4)] == [8, 8, 7, 8]
-    loaders[0].set_epoch(1)
-    assert not all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(loaders[0], batches[0], strict=True))
 
 
 def test_jsonl_keeps_line_numbers_over_blank_lines(tmp_path):

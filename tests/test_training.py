@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,13 @@ from safetensors.torch import load_file
 
 import modeling
 from config_utils import UserError, load_config
-from conftest import read_log, run_script, training_options
-from dataset import TrainLoader, encode_examples, load_tokenizer, pad_batch, read_examples, tokenizer_sha256
+from conftest import LoraSettings, read_log, run_script, training_options
+from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
 from modeling import add_lora, answer_loss, checkpoint_to_resume, evaluate_loss, load_base, warmup_linear
+from packing import TrainLoader, make_collate, pad_batch
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")
-
-
-class LoraSettings:
-    seed, lora_r, lora_alpha, lora_dropout, lora_target_modules = 42, 4, 8, 0.0, ["q_proj", "down_proj"]
 
 
 @pytest.fixture
@@ -49,8 +45,7 @@ def gradients(model, batches):
     model.zero_grad()
     total = 0.0
     for batch in batches:
-        batch = dict(batch)
-        loss = answer_loss(model, batch, batch.pop("step_tokens"))
+        loss = answer_loss(model, **batch)
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
@@ -58,7 +53,7 @@ def gradients(model, batches):
 
 def test_accumulation_and_ranks_give_the_gradient_of_one_large_batch(lora_model, examples):
     """Weighted by answer tokens, also in the last step, which has 5 examples of 12."""
-    collate = partial(pad_batch, pad_id=0)
+    collate = make_collate("none", 0, "cpu")
     whole = list(TrainLoader(examples, 12, 1, collate, 42))
     parts = [list(TrainLoader(examples, 2, 3, collate, 42, rank, 2)) for rank in range(2)]
     for step in range(3):
@@ -78,7 +73,7 @@ def test_loss_is_the_mean_over_answer_tokens(lora_model, examples):
             for k, target in enumerate(answer):
                 summed -= logits[len(prompt) + k - 1, target].item()
             tokens += len(answer)
-    batches = [pad_batch(examples[i : i + 6], 0) for i in range(0, len(examples), 6)]
+    batches = [[pad_batch(examples[i : i + 6], 0)] for i in range(0, len(examples), 6)]
     assert evaluate_loss(lora_model, batches, "cpu") == pytest.approx(summed / tokens, rel=1e-6)
 
 

@@ -1,0 +1,233 @@
+"""How a step's examples are laid out for the model: which examples a step has, and in which rows they stand.
+
+Most of an instruction example is the same in every example. With causal attention the hidden states of a prefix do not
+depend on what follows, so a row can hold the trie of its prompts, each answer hanging off its prompt's last token: the
+shared part is computed once, and the loss and every gradient are exactly those of one example at a time.
+
+In depth-first order each token carries where its node begins (`enter`) and where its subtree ends (`exit`); token q
+sees token k iff k <= q and enter[k] <= enter[q] < exit[k]. That is the whole attention mask. A row without sharing
+(plain packing), equal prompts and several instructions are the same expression.
+"""
+
+import math
+import random
+from itertools import islice
+
+import torch
+
+from config_utils import UserError
+from dataset import BOS
+
+IGNORE_INDEX = -100  # torch's cross_entropy skips positions with this label
+PACKINGS = ("prefix", "plain", "none")
+MIN_SHARED = 4  # a shared node costs bookkeeping and attention blocks; shorter ones are computed again instead
+ROW_TOKENS_ON_CPU = 700  # there the mask is dense: a row costs its length squared, and several rows a prefix each
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which examples a step has
+
+
+def optimizer_steps(n, batch_size, accumulation, world_size, seed, epoch):
+    """The order of one epoch: for each optimizer step, for each rank, `accumulation` lists of example indices.
+
+    Every index occurs exactly once. The last step may be smaller; its examples are spread evenly over ranks and
+    micro-batches, some of which may be empty, so that every rank takes part in every step.
+    """
+    order = list(range(n))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    cells = accumulation * world_size
+    for start in range(0, n, batch_size * cells):
+        group = order[start : start + batch_size * cells]
+        parts = [group[len(group) * i // cells : len(group) * (i + 1) // cells] for i in range(cells)]
+        yield [parts[rank * accumulation : (rank + 1) * accumulation] for rank in range(world_size)]
+
+
+class TrainLoader:
+    """One rank's micro-batches, epoch by epoch: the same for both trainers, `accumulation` of them an optimizer step.
+
+    A batch is {"rows": what `collate` makes of its examples, "step_tokens": the answer tokens of the whole optimizer
+    step, accumulation and ranks included, by which its summed loss is to be divided}.
+    """
+
+    def __init__(self, examples, batch_size, accumulation, collate, seed, rank=0, world_size=1):
+        self.examples, self.collate = examples, collate
+        self.shape, self.seed, self.rank = (batch_size, accumulation, world_size), seed, rank
+        self.epoch = self.skipped = 0
+        self.steps_per_epoch = -(-len(examples) // (batch_size * accumulation * world_size))
+
+    def set_epoch(self, epoch):
+        if epoch != self.epoch:
+            self.epoch, self.skipped = epoch, 0
+
+    def seek(self, step):
+        """Go on after `step` optimizer steps: the next iteration ends the epoch in which they ended."""
+        self.epoch, self.skipped = divmod(step, self.steps_per_epoch)
+
+    def __len__(self):
+        return self.steps_per_epoch * self.shape[1]
+
+    def examples_in_step(self, step):
+        """How many examples of all ranks a 0-based optimizer step has; the last of an epoch may have fewer."""
+        size = math.prod(self.shape)
+        return min(size, len(self.examples) - step % self.steps_per_epoch * size)
+
+    def __iter__(self):
+        steps = optimizer_steps(len(self.examples), *self.shape, self.seed, self.epoch)
+        for step in islice(steps, self.skipped, None):
+            tokens = sum(len(self.examples[i].answer_ids) for parts in step for part in parts for i in part)
+            for part in step[self.rank]:
+                yield {"rows": self.collate([self.examples[i] for i in part]), "step_tokens": tokens}
+
+
+def eval_batches(examples, batch_size, collate, rank=0, world_size=1):
+    """Every example once, in file order, sharded by rank: an iterator of collated rows."""
+    for start in range(rank * batch_size, len(examples), batch_size * world_size):
+        yield collate(examples[start : start + batch_size])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# in which rows they stand
+
+
+def make_collate(packing, pad_id, device_type):
+    """A function from examples (dataset.TokenizedExample) to rows, dicts of tensors for modeling.answer_loss."""
+    if packing not in PACKINGS:
+        raise UserError(f"--packing={packing}: expected {', '.join(PACKINGS)}")
+    if packing == "none":
+        return lambda examples: [pad_batch(examples, pad_id)]
+    limit = ROW_TOKENS_ON_CPU if device_type == "cpu" else None
+    return lambda examples: [
+        to_tensors(tree_row(part, packing == "prefix")) for part in split_rows(examples, packing == "prefix", limit)
+    ]
+
+
+def pad_batch(examples, pad_id):
+    """Examples one below the other, padded on the right to the longest: a dict of [batch, length] tensors.
+
+    An empty micro-batch (a rank that has nothing left in the last step) is one bos without a label: its loss is 0.
+    """
+    rows = [(e.prompt_ids + e.answer_ids, len(e.prompt_ids)) for e in examples] or [([BOS], 1)]
+    length = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in rows]),
+        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in rows]),
+        "labels": torch.tensor(
+            [[IGNORE_INDEX] * start + ids[start:] + [IGNORE_INDEX] * (length - len(ids)) for ids, start in rows]
+        ),
+    }
+
+
+def split_rows(examples, share, limit):
+    """Examples -> lists of examples whose row has at most about `limit` tokens (None: one list), neighbours in the trie
+    together."""
+    if limit is None or not examples:
+        return [examples]
+    parts, length, before = [], 0, None
+    for example in sorted(examples, key=lambda e: e.prompt_ids) if share else examples:
+        prompt, answer = example
+        new = len(prompt) + len(answer) - 1 - (_shared(prompt, before) if share and before else 0)
+        if not parts or length + new > limit:
+            parts.append([])
+            length, new = 0, len(prompt) + len(answer) - 1
+        parts[-1].append(example)
+        length, before = length + new, prompt
+    return parts
+
+
+def _shared(a, b):
+    """Length of the common prefix of two lists."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def tree_row(examples, share=True):
+    """The trie of the examples' prompts as one row, a dict of lists.
+
+    input_ids, position_ids, enter, exit: one entry a token. logits_to_keep, shift_labels: for each answer token, the
+    position that predicts it and its id; a position may occur twice (one prompt, two answers). An empty micro-batch is
+    one bos and an ignored label: its loss is 0.
+    """
+    row = {key: [] for key in ("input_ids", "position_ids", "enter", "exit", "logits_to_keep", "shift_labels")}
+
+    def add_node(ids, position):
+        start = len(row["input_ids"])
+        row["input_ids"] += ids
+        row["position_ids"] += range(position, position + len(ids))
+        row["enter"] += [start] * len(ids)
+        row["exit"] += [start + len(ids)] * len(ids)
+        return start, start + len(ids)
+
+    def add(group, depth):
+        """The subtree of examples (sorted by prompt) whose first `depth` prompt ids are in the row already."""
+        first, last = group[0].prompt_ids, group[-1].prompt_ids
+        common = _shared(first, last)  # of all: the group is sorted
+        inner = [e for e in group if len(e.prompt_ids) > common]
+        branches = _branches(inner, common)
+        if inner and len(group) > 1 and common - depth < MIN_SHARED:  # not worth a node of its own
+            ending = [e for e in group if len(e.prompt_ids) == common]
+            for branch in [ending, *branches] if ending else branches:
+                add(branch, depth)
+            return
+        start, end = add_node(first[depth:common], depth)
+        for example in group:
+            if len(example.prompt_ids) == common:
+                answer = example.answer_ids
+                begin, stop = add_node(answer[:-1], common)  # nothing is predicted from the last token, eos
+                row["logits_to_keep"] += [end - 1, *range(begin, stop)]
+                row["shift_labels"] += answer
+        for branch in branches:
+            add(branch, common)
+        row["exit"][start:end] = [len(row["input_ids"])] * (end - start)
+
+    if not examples:
+        add_node([BOS], 0)
+        row["logits_to_keep"], row["shift_labels"] = [0], [IGNORE_INDEX]
+    elif share:
+        add(sorted(examples, key=lambda e: e.prompt_ids), 0)
+    else:
+        for example in examples:
+            add([example], 0)
+    return row
+
+
+def _branches(group, depth):
+    """Sorted examples, parted by their prompt id at `depth`."""
+    parts = []
+    for example in group:
+        if not parts or parts[-1][0].prompt_ids[depth] != example.prompt_ids[depth]:
+            parts.append([])
+        parts[-1].append(example)
+    return parts
+
+
+def to_tensors(row, length=None, answers=None):
+    """A tree row as int64 tensors [1, tokens] and [1, answer tokens] (logits_to_keep: [answer tokens]).
+
+    `length`, `answers`: pad to these sizes. A padding token sees itself alone, and its label is ignored.
+    """
+    tokens, kept = len(row["input_ids"]), len(row["shift_labels"])
+    padding = range(tokens, length or tokens)
+    blank = [0] * ((answers or kept) - kept)
+    padded = {
+        "input_ids": row["input_ids"] + [0] * len(padding),
+        "position_ids": row["position_ids"] + [0] * len(padding),
+        "enter": row["enter"] + list(padding),
+        "exit": row["exit"] + [i + 1 for i in padding],
+        "shift_labels": row["shift_labels"] + [IGNORE_INDEX for _ in blank],
+    }
+    tensors = {key: torch.tensor([values]) for key, values in padded.items()}
+    return {**tensors, "logits_to_keep": torch.tensor(row["logits_to_keep"] + blank)}
+
+
+def tree_mask(enter, exit):
+    """The attention mask of a tree row: [1, tokens] twice -> bool [1, 1, tokens, tokens], True where q sees k."""
+    order = torch.arange(enter.shape[1], device=enter.device)
+    below = (enter[:, None] <= enter[:, :, None]) & (enter[:, :, None] < exit[:, None])
+    return (below & (order[:, None] >= order)).unsqueeze(1)
+
+
+def prefix_collator(examples):
+    """A data collator for a stock Trainer: examples -> one tree row with its dense mask, as LlamaForCausalLM takes it."""
+    row = to_tensors(tree_row(examples))
+    enter, exit = row.pop("enter"), row.pop("exit")
+    return {**row, "attention_mask": tree_mask(enter, exit), "labels": row["shift_labels"]}

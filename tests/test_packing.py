@@ -1,0 +1,248 @@
+"""Which examples a step has, and that a packed row computes exactly what single examples do.
+
+python -m pytest tests/test_packing.py
+"""
+
+import random
+
+import pytest
+import torch
+
+from config_utils import UserError
+from conftest import LoraSettings
+from dataset import EOS, TokenizedExample
+from modeling import add_lora, answer_loss, load_base, model_inputs
+from packing import (
+    IGNORE_INDEX,
+    MIN_SHARED,
+    TrainLoader,
+    make_collate,
+    optimizer_steps,
+    pad_batch,
+    split_rows,
+    to_tensors,
+    tree_mask,
+    tree_row,
+)
+
+
+def example(prompt, answer):
+    return TokenizedExample(list(range(10, 10 + prompt)), [*range(30, 30 + answer - 1), EOS])
+
+
+def test_pad_batch():
+    batch = pad_batch([example(3, 2), example(2, 1)], pad_id=9)
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 30, 2], [10, 11, 2, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    no = IGNORE_INDEX
+    assert batch["labels"].tolist() == [[no, no, no, 30, 2], [no, no, 2, no, no]]
+
+
+def test_a_pad_token_in_the_users_text_still_carries_loss():
+    batch = pad_batch([TokenizedExample([1, 9], [9, EOS]), example(4, 4)], pad_id=9)
+    assert batch["labels"][0].tolist()[:4] == [IGNORE_INDEX, IGNORE_INDEX, 9, EOS]
+    assert batch["attention_mask"][0].tolist()[:4] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "n, batch, accumulation, ranks", [(205, 12, 1, 1), (205, 3, 4, 2), (7, 4, 2, 4), (24, 4, 2, 3)]
+)
+def test_every_example_once_an_epoch(n, batch, accumulation, ranks):
+    for epoch in range(3):
+        steps = list(optimizer_steps(n, batch, accumulation, ranks, 42, epoch))
+        assert len(steps) == -(-n // (batch * accumulation * ranks))
+        assert all(len(step) == ranks and {len(parts) for parts in step} == {accumulation} for step in steps)
+        assert sorted(i for step in steps for parts in step for part in parts for i in part) == list(range(n))
+        assert all(len(part) <= batch for step in steps for parts in step for part in parts)
+
+
+def test_layout_does_not_change_which_examples_a_step_has():
+    def sets(*shape):
+        return [
+            sorted(i for parts in step for part in parts for i in part) for step in optimizer_steps(205, *shape, 42, 1)
+        ]
+
+    assert sets(12, 1, 1) == sets(3, 4, 1) == sets(3, 2, 2) == sets(1, 1, 12)
+    orders = [next(iter(optimizer_steps(205, 12, 1, 1, seed, epoch))) for seed, epoch in ((42, 0), (42, 1), (43, 0))]
+    assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_loader_goes_on_where_a_run_stopped():
+    loader = TrainLoader([example(3, k % 4 + 1) for k in range(23)], 2, 2, make_collate("none", 0, "cpu"), 42)
+    loader.set_epoch(1)
+    whole = [batch["rows"][0]["input_ids"] for batch in loader]
+    loader.seek(loader.steps_per_epoch + 4)
+    loader.set_epoch(1)  # as Trainer does
+    rest = [batch["rows"][0]["input_ids"] for batch in loader]
+    assert len(whole) == 12 and all(map(torch.equal, rest, whole[8:])) and len(rest) == 4
+    loader.set_epoch(2)
+    assert len(list(loader)) == 12
+
+
+def test_loader_counts_the_answer_tokens_of_the_whole_step():
+    draw = random.Random(0)
+    examples = [example(draw.randint(2, 6), draw.randint(1, 5)) for _ in range(23)]
+    loaders = [TrainLoader(examples, 2, 2, make_collate("none", 0, "cpu"), 42, rank, 2) for rank in range(2)]
+    batches = [[{**batch, **batch["rows"][0]} for batch in loader] for loader in loaders]
+    assert [len(b) for b in batches] == [len(loader) for loader in loaders] == [6, 6]
+    for step in range(3):
+        micro = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
+        tokens = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in micro)
+        assert {batch["step_tokens"] for batch in micro} == {tokens}
+    assert [loaders[0].examples_in_step(k) for k in range(4)] == [8, 8, 7, 8]
+    loaders[0].set_epoch(1)
+    again = [batch["rows"][0]["input_ids"] for batch in loaders[0]]
+    assert not all(torch.equal(a, b["input_ids"]) for a, b in zip(again, batches[0], strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+@pytest.fixture
+def mixed():
+    """Two instructions that share 10 tokens, equal prompts with different answers, prompts that are prefixes of others,
+    answers of one token, a prompt that shares nothing but bos."""
+    draw = random.Random(1)
+
+    def ids(count):
+        return [draw.randrange(3, 500) for _ in range(count)]
+
+    first, second = [1, *ids(30)], [1, *ids(25)]
+    second[:10] = first[:10]
+    examples = [
+        TokenizedExample(draw.choice([first, second]) + ids(draw.randint(1, 12)), [*ids(draw.randint(0, 5)), EOS])
+        for _ in range(20)
+    ]
+    examples += [
+        TokenizedExample(list(examples[0].prompt_ids), [*ids(3), EOS]),
+        TokenizedExample(list(examples[0].prompt_ids), [EOS]),
+        TokenizedExample([*first, 7], [EOS]),
+        TokenizedExample([*first, 7, 8, 9], [5, EOS]),
+        TokenizedExample([*first, *range(7, 20)], [5, 6, EOS]),
+        TokenizedExample([1, *ids(9)], [EOS]),
+    ]
+    draw.shuffle(examples)
+    return examples
+
+
+@pytest.fixture
+def model(base_dir):
+    """float32, with adapters that are not zero, so that no gradient is."""
+    model = add_lora(load_base(base_dir, torch.float32, "cpu"), LoraSettings)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def loss_and_gradients(model, micro_batches, tokens):
+    """Summed loss, and each LoRA gradient by name."""
+    model.zero_grad()
+    total = 0.0
+    for rows in micro_batches:
+        loss = answer_loss(model, rows, tokens)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "packing, device_type", [("prefix", "cuda"), ("prefix", "cpu"), ("plain", "cpu"), ("none", "cpu")]
+)
+@pytest.mark.parametrize("count", [26, 1])
+def test_loss_and_every_gradient_are_those_of_single_examples(model, mixed, packing, device_type, count):
+    """device_type "cuda": all examples in one row; "cpu": rows of limited length, each with its own prefix."""
+    examples = mixed[:count]
+    tokens = sum(len(e.answer_ids) for e in examples)
+    single = [[pad_batch([e], 0)] for e in examples]
+    expected_loss, expected = loss_and_gradients(model, single, tokens)
+    rows = make_collate(packing, 0, device_type)(examples)
+    loss, gradients = loss_and_gradients(model, [rows], tokens)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_rows_are_as_short_as_they_can_be(mixed):
+    """Against a trie built by brute force: each distinct prompt prefix once, each answer but its eos once."""
+    row = tree_row(mixed)
+    prefixes = {tuple(e.prompt_ids[:i]) for e in mixed for i in range(1, len(e.prompt_ids) + 1)}
+    fewest = len(prefixes) + sum(len(e.answer_ids) - 1 for e in mixed)
+    repeated = (MIN_SHARED - 1) * len(mixed)  # shared nodes too short to be worth it
+    assert fewest <= len(row["input_ids"]) <= fewest + repeated < sum(len(e.prompt_ids) for e in mixed) / 2
+    assert len(row["shift_labels"]) == len(row["logits_to_keep"]) == sum(len(e.answer_ids) for e in mixed)
+    plain = tree_row(mixed, share=False)
+    assert len(plain["input_ids"]) == sum(len(e.prompt_ids) + len(e.answer_ids) - 1 for e in mixed)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_each_token_sees_its_own_example_and_nothing_else(mixed, share):
+    """What an answer's positions see, read along the mask, is the example's prompt and answer."""
+    row = tree_row(mixed, share)
+    mask = tree_mask(torch.tensor([row["enter"]]), torch.tensor([row["exit"]]))[0, 0]
+    seen = []
+    for position, label in zip(row["logits_to_keep"], row["shift_labels"], strict=True):
+        visible = mask[position].nonzero()[:, 0].tolist()
+        assert [row["position_ids"][i] for i in visible] == list(range(len(visible)))
+        seen.append(([row["input_ids"][i] for i in visible], label))
+    wanted = [(e.prompt_ids + e.answer_ids[:k], target) for e in mixed for k, target in enumerate(e.answer_ids)]
+    assert sorted(seen) == sorted(wanted)
+
+
+def test_changing_an_example_leaves_the_others_logits(model, mixed):
+    def logits(examples):
+        row = tree_row(examples, share=True)
+        inputs = model_inputs(to_tensors(row), "cpu")
+        with torch.no_grad():
+            values = model(**inputs).logits[0]
+        return {(tuple(prompt), k): values[j] for j, (prompt, k) in enumerate(answer_positions(examples, row))}
+
+    unique = list({tuple(e.prompt_ids): e for e in mixed}.values())
+    changed = [*unique]
+    victim = unique[3]
+    changed[3] = TokenizedExample([*victim.prompt_ids[:-1], 77], [88, 99, EOS])
+    before, after = logits(unique), logits(changed)
+    kept = [key for key in before if key in after and key[0] != tuple(victim.prompt_ids)]
+    assert len({key[0] for key in kept}) == len(unique) - 1
+    assert all((before[key] - after[key]).abs().max() < 1e-6 for key in kept)
+
+
+def answer_positions(examples, row):
+    """(prompt, index in its answer) of each kept position, found by walking the row's mask."""
+    mask = tree_mask(torch.tensor([row["enter"]]), torch.tensor([row["exit"]]))[0, 0]
+    lengths = {tuple(e.prompt_ids): len(e.prompt_ids) for e in examples}
+    for position in row["logits_to_keep"]:
+        visible = [row["input_ids"][i] for i in mask[position].nonzero()[:, 0].tolist()]
+        prompt = max((p for p in lengths if list(p) == visible[: len(p)]), key=len)
+        yield prompt, len(visible) - len(prompt)
+
+
+def test_padding_of_a_row_reaches_no_loss(model, mixed):
+    tokens = sum(len(e.answer_ids) for e in mixed)
+    row = tree_row(mixed)
+    loss, gradients = loss_and_gradients(model, [[to_tensors(row)]], tokens)
+    padded = to_tensors(row, length=len(row["input_ids"]) + 37, answers=len(row["shift_labels"]) + 11)
+    padded_loss, padded_gradients = loss_and_gradients(model, [[padded]], tokens)
+    assert padded_loss == pytest.approx(loss, rel=1e-6)
+    assert all((g - padded_gradients[n]).norm() <= 1e-5 * g.norm() for n, g in gradients.items())
+
+
+def test_rows_on_a_cpu_are_of_limited_length(mixed):
+    parts = split_rows(mixed, share=True, limit=100)
+    assert sorted(map(id, (e for part in parts for e in part))) == sorted(map(id, mixed)) and len(parts) > 2
+    assert all(len(tree_row(part)["input_ids"]) <= 100 + MIN_SHARED * len(part) for part in parts)
+    assert len(split_rows(mixed, share=False, limit=None)) == 1
+    assert len(split_rows([example(200, 3)], share=True, limit=100)) == 1  # longer than the limit: a row of its own
+
+
+@pytest.mark.parametrize("packing", ["prefix", "plain", "none"])
+def test_an_empty_micro_batch_costs_nothing(model, packing):
+    loss, gradients = loss_and_gradients(model, [make_collate(packing, 0, "cpu")([])], 5)
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_unknown_packing():
+    with pytest.raises(UserError, match="--packing=dense: expected prefix, plain, none"):
+        make_collate("dense", 0, "cpu")
