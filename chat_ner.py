@@ -4,8 +4,8 @@
     python chat_ner.py --base_model ./model_hub/chinese-alpaca-tiny --with_prompt --interactive     # the base alone
     python chat_ner.py --data_file questions.txt --predictions_file answers.json --interactive=False
 
-An input that begins with the adapter's instruction gets exactly the prompt that training used; a typed `\\n` counts as
-a newline. Anything else is free chat. An empty line, Ctrl-D or Ctrl-C ends it.
+An input that begins with the adapter's instruction, a typed `\\n` read as a newline, gets exactly the prompt that
+training used. Anything else is free chat, as typed. An empty line, Ctrl-D or Ctrl-C ends it.
 """
 
 import json

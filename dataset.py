@@ -119,7 +119,8 @@ def read_lines(path):
     """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing, empty or undecodable one."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        made = "; make it with `python process.py --data_name=…`" if path.parent.name == "instruct_data" else ""
+        raise UserError(f"{path}: no such file{made}")
     number = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from config_utils import UserError, load_config, save_config
 from dataset import PROMPT_SHA256, how_to_get, labels_of, load_tokenizer, tokenizer_sha256
-from packing import tree_mask
+from tree_attention import compile_layers, plan_attention
 
 DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
 TRAINERS = ("train_trainer", "train_deepspeed")
@@ -139,6 +139,9 @@ def load_base(model_dir, dtype, device):
 
 def add_lora(model, args):
     """The model with fresh LoRA adapters, drawn under args.seed."""
+    model.set_attn_implementation("tree")  # tree_attention.py
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(args.seed)
     config = LoraConfig(
         r=args.lora_r,
@@ -154,22 +157,53 @@ def add_lora(model, args):
         raise UserError(f"--lora_target_modules={','.join(args.lora_target_modules)}: {error}") from None
 
 
+def compile_for_training(model, loader, args, pad_id, device):
+    """Compile the decoder layers for the loader's rows, as --compile says; one line says so, or why not."""
+    if args.compile not in ("auto", "True", "False"):
+        raise UserError(f"--compile={args.compile}: expected auto, True or False")
+    if args.compile == "False":
+        return
+    if device.type != "cuda" or args.packing == "none":
+        if args.compile == "True":
+            say(f"不编译: 需要 CUDA 和 --packing=prefix 或 plain（现在是 {device.type}, {args.packing}）")
+        return
+    # recomputing a layer for its gradient cannot be part of a captured graph
+    lengths = compile_layers(model, loader, args.packing, pad_id, graphs=not args.gradient_checkpointing)
+    say(f"编译各层，行长 {', '.join(map(str, lengths))}；每种行长第一次出现时要等编译")
+
+
 def answer_loss(model, rows, step_tokens):
     """Summed cross-entropy of a micro-batch over the answer tokens of its whole optimizer step (a float32 scalar).
 
     rows: what packing's collate made of the examples. Micro-batches and ranks add up to the step's mean.
     """
-    device = next(model.parameters()).device
-    losses = [model(**model_inputs(row, device), num_items_in_batch=step_tokens).loss.float() for row in rows]
-    return torch.stack(losses).sum()
+    parameter, compiled = next(model.parameters()), getattr(model, "compiled_layers", None)
+
+    def row_loss(row):
+        inputs = model_inputs(row, parameter.device, compiled, parameter.dtype)
+        return model(**inputs, num_items_in_batch=step_tokens).loss.float()
+
+    try:
+        return torch.stack([row_loss(row) for row in rows]).sum()
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if compiled is None or compiled.proven:
+            raise
+        say(f"编译失败，改为不编译: {type(error).__name__}: {str(error).splitlines()[0]}")
+        compiled.lengths = []
+        return torch.stack([row_loss(row) for row in rows]).sum()
 
 
-def model_inputs(row, device):
-    """A row on the device, with its mask, as LlamaForCausalLM takes it. It must not keep a cache: with one,
-    transformers ignores that the examples of a row are apart."""
+def model_inputs(row, device, compiled=None, dtype=torch.float32):
+    """A row on the device, as LlamaForCausalLM takes it. It must not keep a cache: with one, transformers ignores that
+    the examples of a row are apart."""
     row = {key: value.to(device, non_blocking=True) for key, value in row.items()}
     if "enter" in row:
-        row["attention_mask"] = tree_mask(row.pop("enter"), row.pop("exit"))
+        enter, exit = row.pop("enter"), row.pop("exit")
+        if not (compiled and compiled.load_mask(enter, exit)):
+            row["tree"] = plan_attention(enter, exit, dtype)  # goes through the model to tree_attention.py
+        row["attention_mask"] = torch.ones(1, 1, 1, 1, device=device)  # so that transformers makes none of its own
         row["labels"] = row["shift_labels"]  # without labels there is no loss
     return {**row, "use_cache": False}
 
@@ -224,6 +258,8 @@ class TrainLog:
         if "loss" in record:
             record = {**record, "examples_per_second": round(self.examples / (time.time() - self.since), 2)}
             self.examples, self.since = 0, time.time()
+            if torch.cuda.is_available():
+                record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if not is_main():
             return
         with self.path.open("a", encoding="utf-8") as file:

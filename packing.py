@@ -11,6 +11,7 @@ sees token k iff k <= q and enter[k] <= enter[q] < exit[k]. That is the whole at
 
 import math
 import random
+from bisect import bisect_left
 from itertools import islice
 
 import torch
@@ -21,7 +22,6 @@ from dataset import BOS
 IGNORE_INDEX = -100  # torch's cross_entropy skips positions with this label
 PACKINGS = ("prefix", "plain", "none")
 MIN_SHARED = 4  # a shared node costs bookkeeping and attention blocks; shorter ones are computed again instead
-ROW_TOKENS_ON_CPU = 700  # there the mask is dense: a row costs its length squared, and several rows a prefix each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,16 +90,22 @@ def eval_batches(examples, batch_size, collate, rank=0, world_size=1):
 # in which rows they stand
 
 
-def make_collate(packing, pad_id, device_type):
-    """A function from examples (dataset.TokenizedExample) to rows, dicts of tensors for modeling.answer_loss."""
+def make_collate(packing, pad_id, lengths=()):
+    """A function from examples (dataset.TokenizedExample) to rows, dicts of tensors for modeling.answer_loss.
+
+    lengths: the ones to which rows are padded, ascending (a longer row is left as it is).
+    """
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}: expected {', '.join(PACKINGS)}")
     if packing == "none":
         return lambda examples: [pad_batch(examples, pad_id)]
-    limit = ROW_TOKENS_ON_CPU if device_type == "cpu" else None
-    return lambda examples: [
-        to_tensors(tree_row(part, packing == "prefix")) for part in split_rows(examples, packing == "prefix", limit)
-    ]
+
+    def collate(examples):
+        row = tree_row(examples, share=packing == "prefix")
+        i = bisect_left(lengths, len(row["input_ids"]))
+        return [to_tensors(row, *lengths[i : i + 1])]
+
+    return collate
 
 
 def pad_batch(examples, pad_id):
@@ -116,23 +122,6 @@ def pad_batch(examples, pad_id):
             [[IGNORE_INDEX] * start + ids[start:] + [IGNORE_INDEX] * (length - len(ids)) for ids, start in rows]
         ),
     }
-
-
-def split_rows(examples, share, limit):
-    """Examples -> lists of examples whose row has at most about `limit` tokens (None: one list), neighbours in the trie
-    together."""
-    if limit is None or not examples:
-        return [examples]
-    parts, length, before = [], 0, None
-    for example in sorted(examples, key=lambda e: e.prompt_ids) if share else examples:
-        prompt, answer = example
-        new = len(prompt) + len(answer) - 1 - (_shared(prompt, before) if share and before else 0)
-        if not parts or length + new > limit:
-            parts.append([])
-            length, new = 0, len(prompt) + len(answer) - 1
-        parts[-1].append(example)
-        length, before = length + new, prompt
-    return parts
 
 
 def _shared(a, b):
@@ -200,34 +189,33 @@ def _branches(group, depth):
     return parts
 
 
-def to_tensors(row, length=None, answers=None):
+def to_tensors(row, length=None):
     """A tree row as int64 tensors [1, tokens] and [1, answer tokens] (logits_to_keep: [answer tokens]).
 
-    `length`, `answers`: pad to these sizes. A padding token sees itself alone, and its label is ignored.
+    `length`: pad to so many tokens. A padding token sees itself alone, and nothing is predicted from it.
     """
-    tokens, kept = len(row["input_ids"]), len(row["shift_labels"])
+    tokens = len(row["input_ids"])
     padding = range(tokens, length or tokens)
-    blank = [0] * ((answers or kept) - kept)
     padded = {
         "input_ids": row["input_ids"] + [0] * len(padding),
         "position_ids": row["position_ids"] + [0] * len(padding),
         "enter": row["enter"] + list(padding),
         "exit": row["exit"] + [i + 1 for i in padding],
-        "shift_labels": row["shift_labels"] + [IGNORE_INDEX for _ in blank],
+        "shift_labels": row["shift_labels"],
     }
     tensors = {key: torch.tensor([values]) for key, values in padded.items()}
-    return {**tensors, "logits_to_keep": torch.tensor(row["logits_to_keep"] + blank)}
+    return {**tensors, "logits_to_keep": torch.tensor(row["logits_to_keep"])}
 
 
 def tree_mask(enter, exit):
-    """The attention mask of a tree row: [1, tokens] twice -> bool [1, 1, tokens, tokens], True where q sees k."""
-    order = torch.arange(enter.shape[1], device=enter.device)
-    below = (enter[:, None] <= enter[:, :, None]) & (enter[:, :, None] < exit[:, None])
-    return (below & (order[:, None] >= order)).unsqueeze(1)
+    """The attention mask of a tree row: [..., tokens] twice -> bool [..., tokens, tokens], True where q sees k."""
+    order = torch.arange(enter.shape[-1], device=enter.device)
+    below = (enter[..., None, :] <= enter[..., :, None]) & (enter[..., :, None] < exit[..., None, :])
+    return below & (order[:, None] >= order)
 
 
 def prefix_collator(examples):
     """A data collator for a stock Trainer: examples -> one tree row with its dense mask, as LlamaForCausalLM takes it."""
     row = to_tensors(tree_row(examples))
     enter, exit = row.pop("enter"), row.pop("exit")
-    return {**row, "attention_mask": tree_mask(enter, exit), "labels": row["shift_labels"]}
+    return {**row, "attention_mask": tree_mask(enter, exit).unsqueeze(1), "labels": row["shift_labels"]}

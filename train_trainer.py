@@ -25,6 +25,7 @@ from modeling import (
     answer_loss,
     check_model_dir,
     checkpoint_to_resume,
+    compile_for_training,
     describe_device,
     evaluate_loss,
     finish_checkpoint,
@@ -65,6 +66,8 @@ CONFIG = {
     "num_train_epochs": 3,  # passes over the data
     "max_steps": -1,  # stop after so many optimizer steps; -1: by epochs
     "warmup_ratio": 0.03,  # share of the steps with rising learning rate; then it falls linearly to 0
+    "gradient_checkpointing": False,  # recompute activations: half the memory, a third slower
+    "compile": "auto",  # auto | True | False: compile the layers and replay them as CUDA graphs, on a CUDA GPU
     "seed": 42,  # of LoRA's start and the data order
     "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
     # logging and saving
@@ -164,7 +167,7 @@ def main(args):
     start_run(save_dir, resume=resume_from is not None)
     say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
 
-    collate = make_collate(args.packing, tokenizer.pad_token_id, device.type)
+    collate = make_collate(args.packing, tokenizer.pad_token_id)
     loader = TrainLoader(
         train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
     )
@@ -195,6 +198,7 @@ def main(args):
     assert training_args.world_size == world_size, (training_args.world_size, world_size)
 
     model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
+    compile_for_training(model, loader, args, tokenizer.pad_token_id, device)
     first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
     log = TrainLog(save_dir, total_steps, first_step)
     loader.seek(first_step)

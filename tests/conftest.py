@@ -109,6 +109,7 @@ def base_dir(tmp_path_factory, tokenizer_models):
 class LoraSettings:
     """What add_lora reads of a trainer's args."""
 
+    gradient_checkpointing = False
     seed, lora_r, lora_alpha, lora_dropout, lora_target_modules = 42, 4, 8, 0.0, ["q_proj", "o_proj", "down_proj"]
 
 

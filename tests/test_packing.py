@@ -3,6 +3,7 @@
 python -m pytest tests/test_packing.py
 """
 
+import itertools
 import random
 
 import pytest
@@ -19,11 +20,12 @@ from packing import (
     make_collate,
     optimizer_steps,
     pad_batch,
-    split_rows,
+    prefix_collator,
     to_tensors,
     tree_mask,
     tree_row,
 )
+from tree_attention import choose_lengths
 
 
 def example(prompt, answer):
@@ -68,7 +70,7 @@ def test_layout_does_not_change_which_examples_a_step_has():
 
 
 def test_loader_goes_on_where_a_run_stopped():
-    loader = TrainLoader([example(3, k % 4 + 1) for k in range(23)], 2, 2, make_collate("none", 0, "cpu"), 42)
+    loader = TrainLoader([example(3, k % 4 + 1) for k in range(23)], 2, 2, make_collate("none", 0), 42)
     loader.set_epoch(1)
     whole = [batch["rows"][0]["input_ids"] for batch in loader]
     loader.seek(loader.steps_per_epoch + 4)
@@ -82,7 +84,7 @@ def test_loader_goes_on_where_a_run_stopped():
 def test_loader_counts_the_answer_tokens_of_the_whole_step():
     draw = random.Random(0)
     examples = [example(draw.randint(2, 6), draw.randint(1, 5)) for _ in range(23)]
-    loaders = [TrainLoader(examples, 2, 2, make_collate("none", 0, "cpu"), 42, rank, 2) for rank in range(2)]
+    loaders = [TrainLoader(examples, 2, 2, make_collate("none", 0), 42, rank, 2) for rank in range(2)]
     batches = [[{**batch, **batch["rows"][0]} for batch in loader] for loader in loaders]
     assert [len(b) for b in batches] == [len(loader) for loader in loaders] == [6, 6]
     for step in range(3):
@@ -148,17 +150,14 @@ def loss_and_gradients(model, micro_batches, tokens):
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(
-    "packing, device_type", [("prefix", "cuda"), ("prefix", "cpu"), ("plain", "cpu"), ("none", "cpu")]
-)
+@pytest.mark.parametrize("packing", ["prefix", "plain", "none"])
 @pytest.mark.parametrize("count", [26, 1])
-def test_loss_and_every_gradient_are_those_of_single_examples(model, mixed, packing, device_type, count):
-    """device_type "cuda": all examples in one row; "cpu": rows of limited length, each with its own prefix."""
+def test_loss_and_every_gradient_are_those_of_single_examples(model, mixed, packing, count):
     examples = mixed[:count]
     tokens = sum(len(e.answer_ids) for e in examples)
     single = [[pad_batch([e], 0)] for e in examples]
     expected_loss, expected = loss_and_gradients(model, single, tokens)
-    rows = make_collate(packing, 0, device_type)(examples)
+    rows = make_collate(packing, 0)(examples)
     loss, gradients = loss_and_gradients(model, [rows], tokens)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in gradients.items():
@@ -181,7 +180,7 @@ def test_rows_are_as_short_as_they_can_be(mixed):
 def test_each_token_sees_its_own_example_and_nothing_else(mixed, share):
     """What an answer's positions see, read along the mask, is the example's prompt and answer."""
     row = tree_row(mixed, share)
-    mask = tree_mask(torch.tensor([row["enter"]]), torch.tensor([row["exit"]]))[0, 0]
+    mask = tree_mask(torch.tensor(row["enter"]), torch.tensor(row["exit"]))
     seen = []
     for position, label in zip(row["logits_to_keep"], row["shift_labels"], strict=True):
         visible = mask[position].nonzero()[:, 0].tolist()
@@ -211,7 +210,7 @@ def test_changing_an_example_leaves_the_others_logits(model, mixed):
 
 def answer_positions(examples, row):
     """(prompt, index in its answer) of each kept position, found by walking the row's mask."""
-    mask = tree_mask(torch.tensor([row["enter"]]), torch.tensor([row["exit"]]))[0, 0]
+    mask = tree_mask(torch.tensor(row["enter"]), torch.tensor(row["exit"]))
     lengths = {tuple(e.prompt_ids): len(e.prompt_ids) for e in examples}
     for position in row["logits_to_keep"]:
         visible = [row["input_ids"][i] for i in mask[position].nonzero()[:, 0].tolist()]
@@ -223,26 +222,41 @@ def test_padding_of_a_row_reaches_no_loss(model, mixed):
     tokens = sum(len(e.answer_ids) for e in mixed)
     row = tree_row(mixed)
     loss, gradients = loss_and_gradients(model, [[to_tensors(row)]], tokens)
-    padded = to_tensors(row, length=len(row["input_ids"]) + 37, answers=len(row["shift_labels"]) + 11)
+    padded = to_tensors(row, length=len(row["input_ids"]) + 37)
     padded_loss, padded_gradients = loss_and_gradients(model, [[padded]], tokens)
     assert padded_loss == pytest.approx(loss, rel=1e-6)
     assert all((g - padded_gradients[n]).norm() <= 1e-5 * g.norm() for n, g in gradients.items())
 
 
-def test_rows_on_a_cpu_are_of_limited_length(mixed):
-    parts = split_rows(mixed, share=True, limit=100)
-    assert sorted(map(id, (e for part in parts for e in part))) == sorted(map(id, mixed)) and len(parts) > 2
-    assert all(len(tree_row(part)["input_ids"]) <= 100 + MIN_SHARED * len(part) for part in parts)
-    assert len(split_rows(mixed, share=False, limit=None)) == 1
-    assert len(split_rows([example(200, 3)], share=True, limit=100)) == 1  # longer than the limit: a row of its own
+def test_stock_inputs_give_the_same_loss(model, mixed):
+    """prefix_collator's dense mask, through plain model(**batch) with another attention, against answer_loss."""
+    tokens = sum(len(e.answer_ids) for e in mixed)
+    loss, _ = loss_and_gradients(model, [make_collate("prefix", 0)(mixed)], tokens)
+    model.set_attn_implementation("sdpa")
+    assert model(**prefix_collator(mixed), use_cache=False).loss.item() == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", ["prefix", "plain", "none"])
 def test_an_empty_micro_batch_costs_nothing(model, packing):
-    loss, gradients = loss_and_gradients(model, [make_collate(packing, 0, "cpu")([])], 5)
+    loss, gradients = loss_and_gradients(model, [make_collate(packing, 0)([])], 5)
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_row_lengths_are_chosen_with_the_least_padding():
+    assert choose_lengths([100, 120, 500, 510, 1000]) == [128, 512, 1024, 1152]
+    assert choose_lengths([700] * 5) == [768, 896]
+    draw = random.Random(3)
+    lengths = [draw.randint(300, 1400) for _ in range(200)]
+    chosen = choose_lengths(lengths)
+
+    def padded(chosen):
+        return sum(min(n for n in chosen if n >= length) for length in lengths)
+
+    sizes = range(384, max(chosen[:3]) + 1, 128)
+    assert padded(chosen) == min(padded([*pair, chosen[2]]) for pair in itertools.combinations(sizes, 2))
+    assert len(chosen) == 4 and chosen[3] >= 1.1 * max(lengths)
 
 
 def test_unknown_packing():
     with pytest.raises(UserError, match="--packing=dense: expected prefix, plain, none"):
-        make_collate("dense", 0, "cpu")
+        make_collate("dense", 0)

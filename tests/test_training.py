@@ -53,7 +53,7 @@ def gradients(model, batches):
 
 def test_accumulation_and_ranks_give_the_gradient_of_one_large_batch(lora_model, examples):
     """Weighted by answer tokens, also in the last step, which has 5 examples of 12."""
-    collate = make_collate("none", 0, "cpu")
+    collate = make_collate("none", 0)
     whole = list(TrainLoader(examples, 12, 1, collate, 42))
     parts = [list(TrainLoader(examples, 2, 3, collate, 42, rank, 2)) for rank in range(2)]
     for step in range(3):
@@ -126,6 +126,27 @@ def test_accumulation_gives_the_same_losses(workspace, base_dir, tmp_path, train
     run_script(f"{trainer}.py", *training_options(base_dir), *options, cwd=workspace)
     losses = [[row["loss"] for row in read_log(run) if "loss" in row] for run in (tmp_path, whole)]
     assert len(losses[0]) == 37 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_packing_does_not_change_the_losses(workspace, base_dir, tmp_path, trainer):
+    """30 steps of each layout: the same examples a step, the same losses."""
+    options = ["--max_steps=30", "--deepspeed_optimizer_params_lr=1e-4", "--eval_steps=-1", "--save_steps=99"]
+    losses = {}
+    for packing in ("prefix", "plain", "none"):
+        run = tmp_path / packing
+        run_script(
+            f"{trainer}.py",
+            *training_options(base_dir),
+            *options,
+            f"--packing={packing}",
+            f"--save_dir={run}",
+            cwd=workspace,
+        )
+        losses[packing] = [row["loss"] for row in read_log(run)]
+    assert len(losses["none"]) == 30 and losses["prefix"] != losses["none"]  # not the same arithmetic, the same numbers
+    assert losses["prefix"] == pytest.approx(losses["none"], rel=1e-4)
+    assert losses["plain"] == pytest.approx(losses["none"], rel=1e-4)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

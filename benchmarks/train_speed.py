@@ -1,0 +1,263 @@
+"""How fast training is, side by side in one run: the ways people train such examples today, and ours.
+
+    python benchmarks/train_speed.py                                   # CPU: the tiny model and the demo corpus
+    python benchmarks/train_speed.py --shape=7b --batch=12,64,192 --corpus=msra_train.txt --tokenizer=tokenizer.model
+
+Ours are train_deepspeed.py and train_trainer.py themselves, as subprocesses, read from train_log.jsonl after the
+warm-up; the others are loops written here. --shape=7b makes a randomly initialised model of LLaMA 7B's shape on the
+GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a list of {"how", "batch",
+"examples_per_second", "ms_per_step", "peak_gib", "unique_tokens_per_second", "matrix_rate_share"}.
+
+how: original (every example padded to 192; on CUDA fp16 with the optimizer on the CPU), peft (padded to the longest,
+autocast, dropout 0.1), sorted (the same, similar lengths together, dropout 0), liger (PEFT with Liger kernels, if
+installed); none, plain, prefix: our packings through the raw loop; trainer: prefix through the Trainer.
+"""
+
+import json
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from config_utils import UserError, run_script
+from dataset import (
+    INSTRUCT,
+    QUERY_PREFIX,
+    encode_examples,
+    format_answer,
+    load_tokenizer,
+    read_examples,
+    read_jsonl,
+    save_tokenizer,
+)
+from modeling import DTYPES, init_distributed, load_base, pick_precision
+from packing import pad_batch, tree_row
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {
+    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny) | 7b (random weights, 13 GB on disk)
+    "batch": [12, 48],  # examples a step
+    "how": ["original", "peft", "sorted", "liger", "none", "plain", "prefix", "trainer"],  # see above
+    "steps": 40,  # timed steps of ours, after as many for the warm-up
+    "seconds": 10,  # timed seconds of the other loops
+    "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's
+    "tokenizer": None,  # a tokenizer.model, needed for --shape=7b
+    "options": "",  # more options for our trainers, joined by spaces
+    "work_dir": "benchmarks/work",  # model, data and runs; git-ignored
+    "peer": None,  # internal: measure this loop in this process
+}
+LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
+SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def prepare(args, work):
+    """The model's folder and the data file that every way of training reads."""
+    work.mkdir(parents=True, exist_ok=True)
+    source = args.corpus or ROOT / "data" / "demo" / "ori_data" / "train.txt"
+    instruct = INSTRUCT.replace("{labels}", "、".join(LABELS.values()))
+    with (work / "train.txt").open("w", encoding="utf-8") as file:
+        for _, record in read_jsonl(source):
+            entities = [
+                {"entity": e["entity"], "type": LABELS[e["entity_type"]], **e["entity_index"]}
+                for e in record["entity_list"]
+            ]
+            example = {"instruct": instruct, "query": QUERY_PREFIX + record["text"], "answer": format_answer(entities)}
+            file.write(json.dumps(example, ensure_ascii=False) + "\n")
+    if args.shape == "tiny":
+        return ROOT / "model_hub" / "chinese-alpaca-tiny"
+    if args.shape != "7b" or not args.tokenizer:
+        raise UserError("--shape: expected tiny, or 7b with --tokenizer=<tokenizer.model>")
+    model_dir = work / "7b"
+    if not (model_dir / "config.json").exists():
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        save_tokenizer(args.tokenizer, model_dir)
+        config = LlamaConfig(
+            vocab_size=load_tokenizer(model_dir).vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPE_7B
+        )
+        config.dtype = torch.bfloat16
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        model.save_pretrained(model_dir)
+        del model
+        torch.cuda.empty_cache()
+    return model_dir
+
+
+def matrix_rate(device):
+    """Multiply-adds of a square matrix product in the training precision, in FLOP/s: the card's practical ceiling."""
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, DTYPES[pick_precision("auto", device)])
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(15):
+        start = time.perf_counter()
+        (a @ b).view(-1)[0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / statistics.median(times[5:])
+
+
+def measure_ours(args, how, batch, model_dir, work):
+    """Run a trainer and read its log: examples/s, and the peak memory on CUDA."""
+    script = "train_trainer.py" if how == "trainer" else "train_deepspeed.py"
+    run = work / f"{how}-{batch}"
+    shutil.rmtree(run, ignore_errors=True)
+    command = [
+        *(shutil.which("deepspeed") or "deepspeed", ROOT / script, f"--model_dir={model_dir}", f"--save_dir={run}"),
+        *(f"--train_path={work}/train.txt", f"--dev_path={work}/train.txt", "--eval_steps=-1", "--log_steps=4"),
+        *(f"--train_batch_size={batch}", f"--packing={'prefix' if how == 'trainer' else how}"),
+        *(f"--max_steps={2 * args.steps}", f"--deepspeed_json_path={ROOT / 'deepspeed.json'}", *args.options.split()),
+    ]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    if result.returncode:
+        raise UserError(f"{script} failed: {(result.stdout + result.stderr)[-1500:]}")
+    (run / "output.txt").write_text(result.stdout + result.stderr, encoding="utf-8")
+    log = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    # The median: a row length that first occurs late is compiled late.
+    speed = statistics.median(row["examples_per_second"] for row in log if row["step"] > args.steps)
+    return speed, log[-1].get("peak_gib")
+
+
+def measure_peer(args, how, batch, model_dir, work):
+    """Run one of the other loops in a process of its own, so that memory is its own too."""
+    command = [sys.executable, __file__, f"--peer={how}", f"--batch={batch}", f"--work_dir={work}"]
+    command += [f"--shape={args.shape}", f"--seconds={args.seconds}"] + [f"--tokenizer={args.tokenizer}"]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    if result.returncode:
+        raise UserError(f"{how} failed: {(result.stdout + result.stderr)[-1500:]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def run_peer(how, batch, model_dir, work, seconds):
+    """Train for some seconds the way `how` says; prints [examples/s, peak GiB or null]."""
+    from peft import LoraConfig, get_peft_model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = pick_precision("auto", device)
+    if how == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama()
+    examples = encode_examples(load_tokenizer(model_dir), read_examples(work / "train.txt"))
+    random.Random(0).shuffle(examples)
+    if how == "sorted":
+        examples.sort(key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
+    batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)]
+    random.Random(1).shuffle(batches)
+
+    original = how == "original"
+    half = DTYPES["fp16" if original and device.type == "cuda" else precision]
+    model = load_base(model_dir, half, device)
+    dropout = 0.0 if how in ("liger", "sorted") else 0.1
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=TARGETS))
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if original and device.type == "cuda":
+        import deepspeed
+
+        init_distributed()
+        offload = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
+        settings = {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 5e-4}}
+        config = {"train_micro_batch_size_per_gpu": batch, "optimizer": settings, "zero_optimization": offload}
+        engine, *_ = deepspeed.initialize(
+            model=model.half(), model_parameters=trainable, config=config | {"fp16": {"enabled": True}}
+        )
+    else:
+        optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device.type == "cuda")
+
+    def step(chunk):
+        rows = pad_batch(chunk, 0)
+        if original:  # every example padded to 192, whatever its length
+            pad = max(0, 192 - rows["input_ids"].shape[1])
+            fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+            rows = {k: torch.nn.functional.pad(v, (0, pad), value=fill[k])[:, :192] for k, v in rows.items()}
+        rows = {key: value.to(device) for key, value in rows.items()}
+        if original and device.type == "cuda":
+            engine.backward(engine(**rows, use_cache=False).loss)
+            engine.step()
+            return
+        with torch.autocast(device.type, half, enabled=half != torch.float32 and not original):
+            loss = model(**rows, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for chunk in batches[:4]:
+        step(chunk)
+    wait()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or count < 6:
+        step(batches[(4 + count) % len(batches)])
+        count += 1
+        wait()
+    rate = count * batch / (time.perf_counter() - start)
+    print(json.dumps([rate, torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None]))
+
+
+def unique_tokens(examples, batch, share):
+    """Mean number of tokens of an example that a step has to compute, padding left out."""
+    chunks = [examples[i : i + batch] for i in range(0, min(len(examples), 20 * batch), batch)]
+    return sum(len(tree_row(chunk, share)["input_ids"]) for chunk in chunks) / sum(map(len, chunks))
+
+
+def main(args):
+    work = Path(args.work_dir).resolve()
+    if args.peer:
+        model_dir = ROOT / "model_hub" / "chinese-alpaca-tiny" if args.shape == "tiny" else work / "7b"
+        run_peer(args.peer, args.batch[0], model_dir, work, args.seconds)
+        return
+    model_dir = prepare(args, work)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    rate = matrix_rate(device)
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    attention, mlp = 4 * config["hidden_size"] ** 2, 3 * config["hidden_size"] * config["intermediate_size"]
+    parameters = config["num_hidden_layers"] * (attention + mlp)  # of the layers: the head sees answer tokens alone
+    examples = encode_examples(load_tokenizer(model_dir), read_examples(work / "train.txt"))
+    random.Random(0).shuffle(examples)
+    print(f"{name}: {rate / 1e12:.1f} TFLOP/s in a square matrix product; {len(examples)} examples", flush=True)
+
+    results = []
+    plan = [(how, batch) for batch in args.batch for how in args.how]
+    for how, batch in tqdm(plan, desc="measuring", dynamic_ncols=True):
+        if how == "liger":
+            try:
+                import liger_kernel  # noqa: F401
+            except ImportError:
+                continue
+        ours = how in ("none", "plain", "prefix", "trainer")
+        speed, peak = (measure_ours if ours else measure_peer)(args, how, batch, model_dir, work)
+        tokens = unique_tokens(examples, batch, how in ("prefix", "trainer")) * speed
+        row = {"how": how, "batch": batch, "examples_per_second": round(speed, 1)}
+        row |= {"ms_per_step": round(1000 * batch / speed, 1), "peak_gib": peak and round(peak, 1)}
+        row |= {
+            "unique_tokens_per_second": round(tokens),
+            "matrix_rate_share": round(4 * parameters * tokens / rate, 3),
+        }
+        results.append(row)
+        tqdm.write(" | ".join(f"{key} {value}" for key, value in row.items()))
+        out = ROOT / "benchmarks" / "results" / f"train_speed-{name.replace(' ', '_')}.json"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print("\n| how | batch | examples/s | ms/step | peak GiB | unique tokens/s | share of the matrix rate |")
+    print("|---|---|---|---|---|---|---|")
+    for row in results:
+        print("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG, __file__)
