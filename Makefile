@@ -3,13 +3,15 @@
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-tiny demo: .venv/installed
+demo: tiny
+	deepspeed train_trainer.py --num_train_epochs=1
+	python test.py
+	python predict.py
+
+tiny: .venv/installed
 	cd model_hub && python convert_llama_weights_to_hf.py --input_dir ./ --model_size tiny --output_dir ./tiny-hf
 	cd model_hub && python merge_llama_with_chinese_lora.py --base_model "./tiny-hf" --lora_model "./chinese-llama-plus-lora-tiny,./chinese-alpaca-plus-lora-tiny" --output_type "huggingface" --output_dir "./chinese-alpaca-tiny"
 	python process.py
-	$(if $(filter demo,$@),deepspeed train_trainer.py --num_train_epochs=1)
-	$(if $(filter demo,$@),python test.py)
-	$(if $(filter demo,$@),python predict.py)
 
 test: .venv/tools
 	python -m pytest

@@ -8,8 +8,8 @@ An input that begins with the adapter's instruction, a typed `\\n` read as a new
 training used. Anything else is free chat, as typed. An empty line, Ctrl-D or Ctrl-C ends it.
 """
 
+import contextlib
 import json
-import readline  # noqa: F401  arrow keys and history in input()
 
 import torch
 from tqdm import tqdm
@@ -17,7 +17,10 @@ from tqdm import tqdm
 from config_utils import UserError, run_script
 from dataset import BOS, build_prompt, encode_prompts, read_lines
 from generation import generate
-from modeling import load_for_inference, say
+from modeling import check_generation, find_adapter, load_for_inference, open_output, say
+
+with contextlib.suppress(ImportError):  # some builds of Python have none
+    import readline  # noqa: F401  arrow keys and history in input()
 
 CONFIG = {
     "base_model": None,  # None: the base that the adapter was trained on; given alone: that model without an adapter
@@ -62,12 +65,13 @@ def main(args):
     if not args.interactive and not args.data_file:
         raise UserError("--interactive=False needs --data_file, a file with one input a line")
     questions = [line for _, line in read_lines(args.data_file) if line.strip()] if args.data_file else []
+    check_generation(args)
     alone = args.base_model and args.lora_model == "auto"
-    model, tokenizer, _, facts, _ = load_for_inference(
-        args.base_model,
-        "none" if alone else args.lora_model,
-        args.tokenizer_path,
-        device=pick_device(args.gpus, args.only_cpu),
+    adapter, train_args, facts = find_adapter("demo", "none" if alone else args.lora_model)
+    output = open_output(args.predictions_file) if args.data_file else None
+    device = pick_device(args.gpus, args.only_cpu)
+    model, tokenizer = load_for_inference(
+        adapter, train_args, facts, args.base_model, args.tokenizer_path, device=device
     )
 
     def answer(line):
@@ -82,8 +86,8 @@ def main(args):
         results = [
             {"Input": q, "Output": answer(q)} for q in tqdm(questions, desc="回答", unit="条", dynamic_ncols=True)
         ]
-        with open(args.predictions_file, "w", encoding="utf-8") as file:
-            json.dump(results, file, ensure_ascii=False, indent=2)
+        with output:
+            json.dump(results, output, ensure_ascii=False, indent=2)
         say(f"{len(results)} 条回答已写到 {args.predictions_file}")
         return
 

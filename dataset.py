@@ -6,12 +6,14 @@ disagree about a byte of it. Nothing here loads weights or reads the command lin
 
 import hashlib
 import json
+import os
+import re
+import sys
 from collections import namedtuple
 from pathlib import Path
 from shutil import copyfile
 
 from sentencepiece import SentencePieceProcessor
-from tqdm import tqdm
 from transformers import SentencePieceBackend
 
 from config_utils import UserError
@@ -25,6 +27,7 @@ PROMPT = (
 PROMPT_SHA256 = hashlib.sha256(PROMPT.encode("utf-8")).hexdigest()
 QUERY_PREFIX = "文本："
 NO_ENTITY = "没有"
+SURROGATE = re.compile("[\ud800-\udfff]")  # json reads it, but it is no character: no file or tokenizer takes it
 INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
     "不同实体间用\n分隔。如果没有结果，回答'没有'。"
@@ -148,6 +151,11 @@ def read_jsonl(path):
             ) from None
         if not isinstance(record, dict):
             raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}; one object a line")
+        for value in record.values():
+            if isinstance(value, str) and SURROGATE.search(value):
+                raise UserError(
+                    f"{path}:{number}: half a character (a lone surrogate) in {value[:40]!r}; correct the text"
+                )
         found = True
         yield number, record
     if not found:
@@ -173,10 +181,28 @@ def read_examples(path, instruct_column="instruct", query_column="query", respon
             if not isinstance(record[column], str):
                 raise UserError(f"{path}:{number}: column {column!r} must be a string, got {record[column]!r}")
             example[key] = record[column]
-        example["text"] = record.get("text", example["query"].removeprefix(QUERY_PREFIX))
-        example["entities"] = record.get("entities")
-        examples.append(example)
+        examples.append({**example, **optional_columns(path, number, record, example["query"])})
     return examples
+
+
+def optional_columns(path, number, record, query):
+    """A record's text (else the query without its prefix) and entities (else None), checked."""
+    text, entities = record.get("text"), record.get("entities")
+    if not isinstance(text, str | None):
+        raise UserError(f"{path}:{number}: `text` must be a string, got {text!r}")
+    keys = {"entity", "type", "begin", "end"}
+    for entity in entities or []:
+        if not isinstance(entity, dict) or not keys <= entity.keys():
+            raise UserError(
+                f"{path}:{number}: `entities` must be objects with entity, type, begin, end; got {entity!r}"
+            )
+    return {"text": query.removeprefix(QUERY_PREFIX) if text is None else text, "entities": entities}
+
+
+def query_prefix_of(records):
+    """What stands before the text in every query: a new text needs the same. "" where queries have nothing in common."""
+    prefixes = {r["query"].removesuffix(r["text"]) for r in records if r["query"].endswith(r["text"])}
+    return prefixes.pop() if len(prefixes) == 1 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,9 +320,10 @@ def fit_length(examples, path, max_seq_length, too_long="drop"):
         )
     if not kept:
         raise UserError(f"{path}: no example fits into max_seq_length={max_seq_length}; {remedy}")
-    if dropped:
-        tqdm.write(
+    if dropped and os.environ.get("RANK", "0") == "0":
+        print(
             f"{path}: 丢弃超过 max_seq_length={max_seq_length} 的样本 {dropped} / {len(examples)} 条"
-            f"（最长 {max(lengths)} 个 token）"
+            f"（最长 {max(lengths)} 个 token）",
+            file=sys.stderr,
         )
     return kept

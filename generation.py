@@ -14,14 +14,17 @@ Answer = namedtuple("Answer", "text ended")  # text: None if the prompt did not 
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size):
     """Greedy answers to prompts ([bos] + ids, lists of int), as a list of Answer in the order given.
 
-    Similar lengths go together, so that little is padded. A prompt that fills the model's positions gets Answer(None).
+    Similar lengths go together, so that little is padded. A prompt that fills the model's positions gets Answer(None);
+    one that leaves less than max_new_tokens is answered alone, as far as they go, so that no other is cut for it.
     """
     positions = model.config.max_position_embeddings
     order = sorted((i for i, p in enumerate(prompts) if len(p) < positions), key=lambda i: len(prompts[i]))
+    roomy = [i for i in order if len(prompts[i]) + max_new_tokens <= positions]
+    chunks = [roomy[k : k + batch_size] for k in range(0, len(roomy), batch_size)]
+    chunks += [[i] for i in order[len(roomy) :]]
     answers = [Answer(None, False)] * len(prompts)
     with tqdm(total=len(order), desc="生成", unit="条", disable=len(order) < 2, dynamic_ncols=True) as bar:
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
+        for chunk in chunks:
             rows = _generate_batch(
                 model, tokenizer.pad_token_id, [prompts[i] for i in chunk], max_new_tokens, positions
             )

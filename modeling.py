@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from config_utils import UserError, load_config, save_config
-from dataset import PROMPT_SHA256, how_to_get, labels_of, load_tokenizer, tokenizer_sha256
+from dataset import PROMPT_SHA256, how_to_get, labels_of, load_tokenizer, query_prefix_of, tokenizer_sha256
+from packing import PACKINGS
 from tree_attention import compile_layers, plan_attention
 
 DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
@@ -125,16 +126,39 @@ def describe_device(device, precision, world_size=1):
 
 
 def check_model_dir(model_dir):
-    """UserError unless the folder holds a Hugging Face model; asked before anything slow begins."""
-    if not (Path(model_dir) / "config.json").is_file():
+    """The config.json of a Hugging Face model's folder; UserError if there is none. Asked before anything slow begins."""
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
         raise UserError(f"{model_dir}: no model here (config.json is missing); {how_to_get(model_dir)}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {how_to_get(model_dir)}") from None
 
 
 def load_base(model_dir, dtype, device):
     """The causal LM of a local folder in `dtype` on `device`, frozen."""
     check_model_dir(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
     return model.to(device).requires_grad_(False)
+
+
+def check_options(args):
+    """UserError for values of a trainer's options that no run can have; asked before anything is read or moved."""
+    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "log_steps", "lora_r"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    for name, values in {"packing": PACKINGS, "compile": ("auto", "True", "False")}.items():
+        if getattr(args, name) not in values:
+            raise UserError(f"--{name}={getattr(args, name)}: expected {', '.join(values)}")
+    betas = args.deepspeed["optimizer"]["params"].get("betas", [0.9, 0.999])
+    if not isinstance(betas, list) or len(betas) != 2:
+        raise UserError(f"--deepspeed_optimizer_params_betas={betas}: expected two numbers, e.g. 0.9,0.95")
+    check_model_dir(args.model_dir)
 
 
 def add_lora(model, args):
@@ -159,13 +183,14 @@ def add_lora(model, args):
 
 def compile_for_training(model, loader, args, pad_id, device):
     """Compile the decoder layers for the loader's rows, as --compile says; one line says so, or why not."""
-    if args.compile not in ("auto", "True", "False"):
-        raise UserError(f"--compile={args.compile}: expected auto, True or False")
     if args.compile == "False":
         return
-    if device.type != "cuda" or args.packing == "none":
+    stage = args.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if device.type != "cuda" or args.packing == "none" or stage == 3:  # ZeRO-3 moves weights about at every step
         if args.compile == "True":
-            say(f"不编译: 需要 CUDA 和 --packing=prefix 或 plain（现在是 {device.type}, {args.packing}）")
+            say(
+                f"不编译: 需要 CUDA、ZeRO 0–2 和 --packing=prefix 或 plain（现在是 {device.type}, {stage}, {args.packing}）"
+            )
         return
     # recomputing a layer for its gradient cannot be part of a captured graph
     lengths = compile_layers(model, loader, args.packing, pad_id, graphs=not args.gradient_checkpointing)
@@ -279,10 +304,17 @@ class TrainLog:
 
 
 def start_run(save_dir, resume):
-    """Make save_dir ready: an earlier run in it is moved to `<save_dir>.old`, unless it is to be resumed."""
-    save_dir = Path(save_dir)
+    """Make save_dir ready: an earlier run in it is moved to `<save_dir>.old`, unless it is to be resumed.
+
+    Only what a run wrote is ever moved; a folder that holds anything else is refused.
+    """
+    save_dir = Path(save_dir).resolve()
     if is_main():
         if not resume and save_dir.is_dir() and any(save_dir.iterdir()):
+            if not any(
+                (save_dir / name).exists() for name in ("train_log.jsonl", "adapter_model", "adapter_model.old")
+            ):
+                raise UserError(f"--save_dir={save_dir}: holds other files than a training run's; name a new folder")
             old = save_dir.with_name(save_dir.name + ".old")
             shutil.rmtree(old, ignore_errors=True)
             save_dir.rename(old)
@@ -300,14 +332,15 @@ def checkpoint_to_resume(save_dir, resume):
     if resume == "False":
         return None
     complete = sorted(
-        (p.parent for p in Path(save_dir).glob("checkpoint-*/complete")), key=lambda p: int(p.name.rpartition("-")[2])
+        (p.parent for p in Path(save_dir).glob("checkpoint-[0-9]*/complete")),
+        key=lambda p: int(p.name.rpartition("-")[2]),
     )
     if resume == "True":
         if not complete:
             raise UserError(f"--resume: no complete checkpoint in {save_dir}; train without --resume")
         return complete[-1]
     folder = Path(save_dir) / f"checkpoint-{resume}" if resume.isdigit() else Path(resume)
-    if not (folder / "complete").is_file():
+    if not (folder / "complete").is_file() or not folder.name.removeprefix("checkpoint-").isdigit():
         have = ", ".join(p.name for p in complete) or "none"
         raise UserError(
             f"--resume={resume}: {folder} is not a complete checkpoint; complete ones in {save_dir}: {have}"
@@ -333,6 +366,7 @@ def training_facts(args, records):
         "tokenizer_sha256": tokenizer_sha256(args.model_dir),
         "instructs": list(dict.fromkeys(record["instruct"] for record in records)),
         "labels": labels_of(records),
+        "query_prefix": query_prefix_of(records),
         "versions": {name: version(name) for name in packages},
     }
 
@@ -364,11 +398,19 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
 
 
 def find_adapter(data_name, lora_model):
-    """`--lora_model` -> the adapter's folder, or None for the base alone. `auto`: the one of data_name written last."""
+    """`--lora_model` -> (the adapter's folder, the training's Config, the facts beside it); the base alone: None, None, {}.
+
+    `auto`: the adapter of data_name that was written last, else the shipped one.
+    """
     if lora_model in (None, "none", "None"):
-        return None
+        return None, None, {}
+    folder = _adapter_folder(data_name, lora_model)
+    return folder, *load_config(folder / "train_args.json")
+
+
+def _adapter_folder(data_name, lora_model):
     if lora_model != "auto":
-        folder = _adapter_or_old(Path(lora_model))
+        folder = _adapter_or_old(Path(lora_model).resolve())
         if folder is None:
             raise UserError(
                 f"{lora_model}: no adapter here (adapter_config.json is missing); train one or name another"
@@ -393,45 +435,71 @@ def _adapter_or_old(folder):
     return None
 
 
-def load_for_inference(base_model, lora_model, tokenizer_path, precision="auto", data_name="demo", device=None):
-    """Base, adapter and tokenizer as the command line and train_args.json say; the command line wins.
+def check_generation(args):
+    """UserError for values of test's, predict's and chat's options that cannot be."""
+    for name in {"batch_size", "max_new_tokens"} & args.nested.keys():
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    pick_precision(args.nested.get("precision", "auto"), "cuda" if torch.cuda.is_available() else "cpu")
 
-    Returns (model, tokenizer, adapter folder or None, facts of train_args.json or {}, training Config or None).
+
+def open_output(path):
+    """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+
+
+def load_for_inference(adapter, train_args, facts, base_model, tokenizer_path, precision="auto", device=None):
+    """(model, tokenizer) as the command line and what find_adapter returned say; the command line wins.
+
     Refuses, before the weights load, a base or a tokenizer that is not the adapter's.
     """
-    adapter = find_adapter(data_name, lora_model)
-    train_args, facts = load_config(adapter / "train_args.json") if adapter else (None, {})
     base = base_model or (train_args.model_dir if adapter else DEFAULT_BASE)
-    check_model_dir(base)
-    tokenizer = load_tokenizer(tokenizer_path or base)
+    config = check_model_dir(base)
+    tokenizer_dir = tokenizer_path or base
+    tokenizer = load_tokenizer(tokenizer_dir)
+    if tokenizer.vocab_size > config["vocab_size"]:
+        raise UserError(
+            f"{tokenizer_dir}/tokenizer.model has {tokenizer.vocab_size} pieces, {base} only {config['vocab_size']} "
+            "embeddings; use the tokenizer.model that belongs to it"
+        )
     if adapter:
-        _check_fit(adapter, train_args, facts, base, tokenizer_path or base)
+        _check_fit(adapter, train_args, facts, base, tokenizer_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = pick_precision(precision, device)
     say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
     model = load_base(base, DTYPES[precision], device)
     if adapter:
-        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False).to(DTYPES[precision])
-    return model.eval(), tokenizer, adapter, facts, train_args
+        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
+        model = model.to(DTYPES[precision])
+    return model.eval(), tokenizer
 
 
 def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
-    if facts["prompt_sha256"] != PROMPT_SHA256:
+    if facts.get("prompt_sha256") != PROMPT_SHA256:
         raise UserError(f"{adapter}: was trained with another prompt template; retrain it with this version")
-    if facts["tokenizer_sha256"] != tokenizer_sha256(tokenizer_dir):
+    if facts.get("tokenizer_sha256") != tokenizer_sha256(tokenizer_dir):
         raise UserError(
             f"{tokenizer_dir}/tokenizer.model is not the one that {adapter} was trained with "
             f"(that of {train_args.model_dir}); name that base with --base_model"
         )
-    config = json.loads((Path(base) / "config.json").read_text(encoding="utf-8"))
-    shapes = _adapter_shapes(adapter)
-    layers = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in shapes)
-    hidden = next(shape[1] for name, shape in shapes.items() if "q_proj.lora_A" in name or "gate_proj.lora_A" in name)
-    if (layers, hidden) != (config["num_hidden_layers"], config["hidden_size"]):
-        raise UserError(
-            f"{adapter} does not fit {base}: it has {layers} layers of size {hidden}, the model "
-            f"{config['num_hidden_layers']} of {config['hidden_size']}; name its base with --base_model"
-        )
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(base, local_files_only=True)
+        ).state_dict()
+    for name, shape in _adapter_shapes(adapter).items():
+        module, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
+        side = {"A": 1, "B": 0}.get(factor[:1])
+        weight = expected.get(f"{module}.weight")
+        if side is not None and (weight is None or weight.shape[side] != shape[side]):
+            has = "no such layer" if weight is None else f"one of {weight.shape[side]}"
+            raise UserError(
+                f"{adapter} does not fit {base}: it changes {module}, of size {shape[side]}, and the model has {has}; "
+                "name its base with --base_model"
+            )
 
 
 def _adapter_shapes(adapter):

@@ -81,9 +81,10 @@ class TrainLoader:
 
 
 def eval_batches(examples, batch_size, collate, rank=0, world_size=1):
-    """Every example once, in file order, sharded by rank: an iterator of collated rows."""
-    for start in range(rank * batch_size, len(examples), batch_size * world_size):
-        yield collate(examples[start : start + batch_size])
+    """Every example once, in file order: this rank's collated rows. All ranks get equally many, perhaps empty, batches."""
+    for start in range(0, len(examples), batch_size * world_size):
+        begin = start + rank * batch_size
+        yield collate(examples[begin : min(begin + batch_size, start + batch_size * world_size)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

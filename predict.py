@@ -11,9 +11,9 @@ option, three sentences of our own. Prints the answers, or writes them to --outp
 import json
 
 from config_utils import UserError, run_script
-from dataset import INSTRUCT, QUERY_PREFIX, read_jsonl, read_lines
+from dataset import INSTRUCT, QUERY_PREFIX, optional_columns, read_jsonl, read_lines
 from generation import predict_rows
-from modeling import load_for_inference, say
+from modeling import check_generation, find_adapter, load_for_inference, open_output, say
 
 CONFIG = {
     "data_name": "demo",  # folder under checkpoint/
@@ -38,9 +38,11 @@ SAMPLES = [
 
 def read_texts(args):
     """The texts asked for, as a list of dicts with `text` or `query`, and `instruct` and `answer` where given."""
-    if args.text and args.input_path:
+    if args.text is not None and args.input_path:
         raise UserError("--text and --input_path: give one of the two")
-    if args.text:
+    if args.text is not None:
+        if not args.text.strip():
+            raise UserError("--text: is empty; give a sentence")
         return [{"text": args.text}]
     if not args.input_path:
         return SAMPLES
@@ -49,44 +51,47 @@ def read_texts(args):
         return [{"text": line} for _, line in read_lines(args.input_path) if line.strip()]
     records = []
     for number, record in read_jsonl(args.input_path):
-        bad = [k for k in ("text", "query", "instruct", "answer") if not isinstance(record.get(k) or "", str)]
-        if bad or not (record.get("text") or record.get("query")):
-            raise UserError(
-                f"{args.input_path}:{number}: needs a string `text` or `query`{f', not {bad}' if bad else ''}"
-            )
+        for key in ("query", "instruct", "answer"):
+            if not isinstance(record.get(key), str | None):
+                raise UserError(f"{args.input_path}:{number}: `{key}` must be a string, got {record[key]!r}")
+        record |= optional_columns(args.input_path, number, record, record.get("query") or "")
+        if not record["text"] and not record.get("query"):
+            raise UserError(f"{args.input_path}:{number}: needs a `text` or a `query`")
         records.append(record)
     return records
 
 
-def to_example(record, instruct):
+def to_example(record, instruct, query_prefix):
     """A record of `read_texts` in the shape of dataset.read_examples."""
-    query = record.get("query") or QUERY_PREFIX + record["text"]
     return {
         "instruct": record.get("instruct") or instruct,
-        "query": query,
+        "query": record.get("query") or query_prefix + record["text"],
         "answer": record.get("answer"),
-        "text": record.get("text") or query.removeprefix(QUERY_PREFIX),
+        "text": record["text"],
         "entities": record.get("entities"),
     }
 
 
 def main(args):
+    check_generation(args)
     texts = read_texts(args)
-    model, tokenizer, _, facts, _ = load_for_inference(
-        args.base_model, args.lora_model, args.tokenizer_path, args.precision, args.data_name
-    )
+    adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
     instruct = facts["instructs"][0] if facts else INSTRUCT.replace("{labels}", "人名、地名、机构名")
-    examples = [to_example(record, instruct) for record in texts]
+    examples = [to_example(record, instruct, facts.get("query_prefix", QUERY_PREFIX)) for record in texts]
+    output = open_output(args.output_path) if args.output_path else None
+    model, tokenizer = load_for_inference(
+        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision
+    )
     rows, cut = predict_rows(model, tokenizer, examples, facts.get("labels"), args.max_new_tokens, args.batch_size)
 
     for number, row in enumerate(rows, 1):
         if row["prediction"] is None:
             say(f"第 {number} 条超过模型的长度上限，没有回答: {row['text'][:30]}…")
     if cut:
-        say(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 被截断")
-    if args.output_path:
-        with open(args.output_path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        say(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
+    if output:
+        with output:
+            output.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         say(f"{len(rows)} 条结果已写到 {args.output_path}")
         return
     print("=" * 100)

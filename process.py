@@ -44,7 +44,6 @@ CONFIG = {
 }
 
 SHOWN = 20  # problems of one kind that are printed one by one; the rest is only counted
-SURROGATE = re.compile("[\ud800-\udfff]")  # json reads it, but no file can hold it
 TAG = re.compile(r"O|([BIMES])[-_](.+)")
 PROBLEMS = {
     "mismatch": "与文本不符的实体（已从答案去掉）",
@@ -115,8 +114,6 @@ def read_json_sentences(path):
         strings = [text, *(part for pair in names for part in pair)]
         if {type(part) for part in strings} != {str} or {type(part) for pair in places for part in pair} - {int}:
             raise UserError(f"{path}:{number}: begin and end must be integers, all else strings; see process.py --help")
-        if SURROGATE.search(text):
-            raise UserError(f"{path}:{number}: half a character (a lone surrogate) in {text[:40]!r}; correct the text")
         yield number, text, [(*place, *name, number) for place, name in zip(places, names, strict=True)]
 
 

@@ -15,7 +15,7 @@ from config_utils import run_script
 from dataset import labels_of, locate, parse_answer, read_examples
 from generation import predict_rows
 from metrics import score, table
-from modeling import load_for_inference, say
+from modeling import check_generation, find_adapter, load_for_inference, say
 
 CONFIG = {
     "data_name": "demo",  # folder under data/ and under checkpoint/
@@ -33,12 +33,14 @@ SHOWN = 20  # answers printed as a list, before the table
 
 def main(args):
     dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / "dev.txt"
-    model, tokenizer, adapter, facts, train_args = load_for_inference(
-        args.base_model, args.lora_model, args.tokenizer_path, args.precision, args.data_name
-    )
+    check_generation(args)
+    adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
     columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
     examples = read_examples(dev_path, *columns)
     examples = examples[: args.max_examples] if args.max_examples > 0 else examples
+    model, tokenizer = load_for_inference(
+        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision
+    )
     labels = facts.get("labels") or labels_of(examples)
 
     rows, cut = predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size)
@@ -52,7 +54,7 @@ def main(args):
     if too_long := sum(row["prediction"] is None for row in rows):
         print(f"{too_long} 条超过模型的长度上限，没有回答，按漏掉计分")
     if cut:
-        print(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 被截断")
+        print(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
 
     out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
     out.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from modeling import (
     TrainLog,
     add_lora,
     answer_loss,
-    check_model_dir,
+    check_options,
     checkpoint_to_resume,
     compile_for_training,
     describe_device,
@@ -71,8 +71,8 @@ CONFIG = {
     "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
     # logging and saving
     "log_steps": 10,  # a log line every so many steps
-    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
-    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end
+    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: only at the end; -1: never
+    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
     "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
     "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
     "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
@@ -88,7 +88,7 @@ def main(args):
     save_dir = args.save_dir or Path("checkpoint") / args.data_name / "train_deepspeed"
 
     # Everything that can be wrong with the input is found before the weights load.
-    check_model_dir(args.model_dir)
+    check_options(args)
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
     train_records, train_set = load_instruct_data(train_path, tokenizer, args)
@@ -97,7 +97,6 @@ def main(args):
 
     device, rank, world_size = init_distributed()
     precision, ds_config = resolve_precision(args.precision, args.deepspeed, device)
-    start_run(save_dir, resume=resume_from is not None)
     say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
 
     collate = make_collate(args.packing, tokenizer.pad_token_id)
@@ -131,6 +130,7 @@ def main(args):
             {"step": step, "epoch": step / loader.steps_per_epoch, "eval_loss": evaluate_loss(model, batches, device)}
         )
 
+    start_run(save_dir, resume=resume_from is not None)
     log = TrainLog(save_dir, total_steps, step)
     loss_sum, logged_steps = 0.0, 0
     while step < total_steps:
@@ -157,7 +157,7 @@ def main(args):
             at_end = step == total_steps
             if args.eval_steps > 0 and (step % args.eval_steps == 0 or at_end):
                 evaluate()
-            if step % args.save_steps == 0 or at_end:
+            if at_end or (args.save_steps > 0 and step % args.save_steps == 0):
                 save()
             if at_end:
                 break

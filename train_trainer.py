@@ -23,7 +23,7 @@ from modeling import (
     TrainLog,
     add_lora,
     answer_loss,
-    check_model_dir,
+    check_options,
     checkpoint_to_resume,
     compile_for_training,
     describe_device,
@@ -72,8 +72,8 @@ CONFIG = {
     "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
     # logging and saving
     "log_steps": 10,  # a log line every so many steps
-    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
-    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end
+    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: only at the end; -1: never
+    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
     "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
     "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
     "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
@@ -155,7 +155,7 @@ def main(args):
     save_dir = args.save_dir or Path("checkpoint") / args.data_name / "train_trainer"
 
     # Everything that can be wrong with the input is found before the weights load.
-    check_model_dir(args.model_dir)
+    check_options(args)
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
     train_records, train_set = load_instruct_data(train_path, tokenizer, args)
@@ -164,7 +164,6 @@ def main(args):
 
     device, rank, world_size = init_distributed()
     precision, ds_config = resolve_precision(args.precision, args.deepspeed, device)
-    start_run(save_dir, resume=resume_from is not None)
     say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
 
     collate = make_collate(args.packing, tokenizer.pad_token_id)
@@ -189,7 +188,7 @@ def main(args):
         logging_nan_inf_filter=False,
         eval_strategy="steps" if args.eval_steps > 0 else "no",
         eval_steps=args.eval_steps,
-        save_steps=args.save_steps,
+        save_steps=args.save_steps if args.save_steps > 0 else total_steps,
         report_to="none",
         disable_tqdm=True,  # TrainLog has the bar
         remove_unused_columns=False,
@@ -200,6 +199,7 @@ def main(args):
     model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
     compile_for_training(model, loader, args, tokenizer.pad_token_id, device)
     first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
+    start_run(save_dir, resume=resume_from is not None)
     log = TrainLog(save_dir, total_steps, first_step)
     loader.seek(first_step)
 
@@ -223,7 +223,8 @@ def main(args):
     trainer.remove_callback(PrinterCallback)
     if resume_from:
         say(f"从 {resume_from} 继续，已完成 {first_step} 步")
-    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if first_step < total_steps:  # else Trainer would take one step more
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     log.close()
     say(f"LoRA 已保存到 {Path(save_dir) / 'adapter_model'}")
     dist.destroy_process_group()

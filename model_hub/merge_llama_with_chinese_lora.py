@@ -261,6 +261,8 @@ def main(args):
     base_folder = Path(args.base_model)
     config, base = read_base(base_folder)
     adapters = [read_adapter(folder.strip()) for folder in args.lora_model.split(",") if folder.strip()]
+    if not adapters:
+        raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
     shapes, tokenizer = check_fit(base_folder, base, adapters)
     dtype = base[EMBEDDING].dtype
     config.pop("dtype", None)  # newer name of torch_dtype

@@ -131,6 +131,9 @@ def test_read_examples(tmp_path):
         (b'{"instruct": "a", "query": "b"}\n', r"data.txt:1: no column 'answer' .*--response_column"),
         (b'{"instruct": "a", "query": "b", "answer": 3}\n', r"data.txt:1: column 'answer' must be a string, got 3"),
         (b'{"instruct": "a", "query": "b", "answer": "\xff"}\n', r"data.txt:1: not UTF-8"),
+        (b'{"instruct": "a", "query": "b", "answer": "\\ud83d"}\n', r"data.txt:1: half a character"),
+        (b'{"instruct": "a", "query": "b", "answer": "c", "text": 3}\n', r"data.txt:1: `text` must be a string, got 3"),
+        (b'{"instruct": "a", "query": "b", "answer": "c", "entities": ["d"]}\n', r"data.txt:1: `entities` must be obj"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
@@ -221,7 +224,7 @@ def example(prompt, answer):
 def test_nothing_is_cut(capsys):
     examples = [example(5, 2), example(9, 2), example(4, 4)]
     assert fit_length(examples, "f", 8) == [examples[0], examples[2]]
-    assert "1 / 3" in capsys.readouterr().out
+    assert "1 / 3" in capsys.readouterr().err
     with pytest.raises(UserError, match="f: 1 of 3 examples exceed max_seq_length=8; the longest has 11 tokens"):
         fit_length(examples, "f", 8, "error")
     with pytest.raises(UserError, match="f: no example fits into max_seq_length=3"):

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import chat_ner
 import metrics
-from conftest import INSTRUCTION, run_script
+from conftest import INSTRUCTION, make_records, run_script, write_jsonl
 from dataset import build_prompt, encode_prompts, load_tokenizer, read_examples
 from generation import generate
 from modeling import DEFAULT_BASE, TRAINERS, find_adapter
@@ -61,7 +61,9 @@ def test_printed_report(tested):
     assert lines[0] == f"预测： {[row['prediction'] for row in rows[:20]]}" and lines[1] == ""
     assert lines[2] == f"真实： {[row['answer'] for row in rows[:20]]}" and lines[3] == ""
     assert re.search(r"^总计( +\d+\.\d\d){3} +\d+( +\d+\.\d\d){3} +\d+$", result.stdout, re.M)
-    assert "条回答达到 max_new_tokens=8 被截断" in result.stdout and "Traceback" not in result.stderr
+    assert (
+        "31 条回答达到 max_new_tokens=8 或模型的长度上限，被截断" in result.stdout and "Traceback" not in result.stderr
+    )
 
 
 def test_answers_are_generated_and_not_teacher_forced(tested, workspace, base_dir):
@@ -113,14 +115,14 @@ def test_auto_takes_the_adapter_written_last(workspace, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(workspace / "checkpoint", tmp_path / "checkpoint", copy_function=shutil.copy2)
     last = find_last(tmp_path)
-    assert find_adapter("mine", "auto").resolve() == (last / "adapter_model").resolve()
+    assert find_adapter("mine", "auto")[0].resolve() == (last / "adapter_model").resolve()
     (last / "adapter_model").rename(last / "adapter_model.old")  # killed between the two renames of a save
-    assert find_adapter("mine", "auto").resolve() == (last / "adapter_model.old").resolve()
-    assert find_adapter("mine", "none") is find_adapter("mine", "None") is None
+    assert find_adapter("mine", "auto")[0].resolve() == (last / "adapter_model.old").resolve()
+    assert find_adapter("mine", "none") == find_adapter("mine", "None") == (None, None, {})
     shutil.copytree(last / "adapter_model.old", tmp_path / "checkpoint" / "mine" / "shipped" / "adapter_model")
     for name in TRAINERS:
         shutil.rmtree(tmp_path / "checkpoint" / "mine" / name)
-    assert "shipped" in str(find_adapter("mine", "auto"))
+    assert "shipped" in str(find_adapter("mine", "auto")[0])
 
 
 def test_predict_prints_blocks(workspace, adapter):
@@ -151,6 +153,19 @@ def test_predict_text_and_files(workspace, adapter, tmp_path):
     texts.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     result = run_script("predict.py", lora, f"--input_path={texts}", *SHORT, cwd=workspace)
     assert '文本 >>>  "说文本：你好"' in result.stdout and result.stdout.count("真实 >>>  王明_人名") == 1
+
+
+def test_predict_puts_before_a_text_what_training_had_there(workspace, base_dir, tmp_path):
+    """Data with another query_prefix than ours; and an adapter without q_proj."""
+    records = [{**r, "query": "句子：" + r["text"]} for r in make_records(24, 3)]
+    path = write_jsonl(tmp_path / "train.txt", records)
+    options = [f"--train_path={path}", f"--dev_path={path}", f"--model_dir={base_dir}", f"--save_dir={tmp_path}/run"]
+    options += ["--max_steps=2", "--precision=fp32", "--lora_target_modules=k_proj,v_proj", "--save_steps=-1"]
+    run_script("train_deepspeed.py", *options, cwd=workspace)
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2"]
+    lora = f"--lora_model={tmp_path}/run/adapter_model"
+    result = run_script("predict.py", lora, "--text=王明在北京", *SHORT, cwd=workspace)
+    assert "句子：王明在北京" in result.stdout and "文本：" not in result.stdout.replace(INSTRUCTION, "")
 
 
 def test_chat_prompt_of_a_pasted_line_is_trainings_own():
@@ -209,11 +224,22 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("test.py", ["--data_name=mine", "--dev_path=nowhere"], "nowhere: no such file"),
         ("test.py", ["--lora_model={misfits}/original"], "original scripts.*retrain"),
         ("test.py", ["--lora_model={misfits}/broken"], "train_args.json: line 1"),
-        ("predict.py", ["--lora_model={adapter}", "--base_model={misfits}/narrow"], "32, the model 2 of 16"),
+        (
+            "predict.py",
+            ["--lora_model={adapter}", "--base_model={misfits}/narrow"],
+            "does not fit .*narrow: it changes .*, of size (32|88)",
+        ),
         ("predict.py", ["--lora_model={adapter}", "--base_model={misfits}/other_words"], "not the one that .* trained"),
         ("predict.py", ["--lora_model={adapter}", "--base_model=nowhere-7b"], "nowhere-7b: no model here"),
         ("predict.py", ["--lora_model={adapter}", "--precision=int8"], "--precision=int8: expected auto"),
         ("predict.py", ["--text=a", "--input_path=b"], "give one of the two"),
+        ("predict.py", ["--text="], "--text: is empty"),
+        (
+            "predict.py",
+            ["--lora_model={adapter}", "--output_path={misfits}/broken/train_args.json/o"],
+            "cannot be written",
+        ),
+        ("test.py", ["--data_name=mine", "--batch_size=0"], "--batch_size=0: expected 1 or more"),
         ("predict.py", ["--input_path=nowhere"], "nowhere: no such file"),
         ("chat_ner.py", ["--interactive=False"], "--interactive=False needs --data_file"),
         ("chat_ner.py", ["--interactiv"], "did you mean --interactive?"),

@@ -17,6 +17,7 @@ from packing import (
     IGNORE_INDEX,
     MIN_SHARED,
     TrainLoader,
+    eval_batches,
     make_collate,
     optimizer_steps,
     pad_batch,
@@ -67,6 +68,14 @@ def test_layout_does_not_change_which_examples_a_step_has():
     assert sets(12, 1, 1) == sets(3, 4, 1) == sets(3, 2, 2) == sets(1, 1, 12)
     orders = [next(iter(optimizer_steps(205, 12, 1, 1, seed, epoch))) for seed, epoch in ((42, 0), (42, 1), (43, 0))]
     assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_dev_examples_once_and_as_many_batches_on_each_rank(ranks):
+    """500 of 12 on 4 ranks would be 11, 11, 10 and 10 batches, and ZeRO-3 would wait for ever."""
+    shares = [list(eval_batches(list(range(500)), 12, list, rank, ranks)) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(500))
 
 
 def test_loader_goes_on_where_a_run_stopped():

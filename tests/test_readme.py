@@ -168,3 +168,8 @@ def test_settings_shown_are_those_of_the_code(readme):
         assert shown == real and list(shown) == list(real), script
     (deepspeed,) = (block for block in blocks(readme, "json") if "optimizer" in block)
     assert json.loads(deepspeed) == json.loads((ROOT / "deepspeed.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_no_figure_is_left_to_be_filled_in(readme):
+    assert not re.search(r"TODO|@@|XX", (ROOT / readme).read_text(encoding="utf-8"))

@@ -213,6 +213,10 @@ def test_what_can_be_resumed(tmp_path):
         (["--train_path=nowhere.txt"], "nowhere.txt: no such file"),
         (["--response_column=output"], "train.txt:1: no column 'output' .*--response_column"),
         (["--lorar=8"], "unknown option --lorar, did you mean --lora_r?"),
+        (["--train_batch_size=0"], "--train_batch_size=0: expected 1 or more"),
+        (["--packing=dense"], "--packing=dense: expected prefix, plain, none"),
+        (["--compile=yes"], "--compile=yes: expected auto, True, False"),
+        (["--save_dir=data"], "--save_dir=.*data: holds other files"),
         (["--lora_r=abc"], "--lora_r: expected int, got 'abc'"),
         (["--learning_rate=1"], "--deepspeed_optimizer_params_lr"),
         (["--lora_target_modules=q_projj"], "--lora_target_modules=q_projj: "),
@@ -227,6 +231,7 @@ def test_bad_input_is_one_line_and_exit_code_2(workspace, base_dir, options, mes
     (workspace / "wrong.json").write_text(json.dumps(settings))
     given = ["--data_name=mine", f"--model_dir={base_dir}", "--save_dir=checkpoint/bad", *options]
     result = run_script("train_deepspeed.py", *given, cwd=workspace, check=False)
+    assert (workspace / "data" / "mine" / "instruct_data" / "train.txt").exists()
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 1 and re.search(message, errors[0]), result.stderr
     assert "Traceback" not in result.stderr
