@@ -112,16 +112,6 @@ class Config:
     def deepspeed(self):
         return copy.deepcopy(self._deepspeed)
 
-    def replace(self, **changes):
-        """A copy with some values changed, by option name; `deepspeed=` takes a whole dict."""
-        nested, deepspeed = self.nested, changes.pop("deepspeed", self.deepspeed)
-        paths = _flatten(nested)
-        for name, value in changes.items():
-            if name not in paths:
-                raise AttributeError(self._unknown(name))
-            _at(nested, paths[name][:-1])[paths[name][-1]] = value
-        return Config(nested, deepspeed)
-
     def _unknown(self, name):
         return f"no setting {name!r}" + _closest(name, self._values, ", did you mean {!r}?")
 
@@ -134,7 +124,7 @@ class Config:
         return copy.deepcopy(self._values[name])
 
     def __setattr__(self, name, value):
-        raise AttributeError(f"settings are frozen; use args.replace({name}=…)")
+        raise AttributeError("settings are frozen")
 
     def __delattr__(self, name):
         raise AttributeError("settings are frozen")

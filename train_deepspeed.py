@@ -65,7 +65,7 @@ CONFIG = {
     "num_train_epochs": 3,  # passes over the data
     "max_steps": -1,  # stop after so many optimizer steps; -1: by epochs
     "warmup_ratio": 0.03,  # share of the steps with rising learning rate; then it falls linearly to 0
-    "gradient_checkpointing": False,  # recompute activations: half the memory, a third slower
+    "gradient_checkpointing": False,  # recompute activations instead of keeping them: less memory, slower
     "compile": "auto",  # auto | True | False: compile the layers and replay them as CUDA graphs, on a CUDA GPU
     "seed": 42,  # of LoRA's start and the data order
     "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best

@@ -101,7 +101,7 @@ AttentionMaskInterface.register("tree", sdpa_mask)  # for whatever is not a tree
 
 
 ROW_MULTIPLE = 128  # FlexAttention's block size
-ROW_LENGTHS = 4  # each costs a compilation (a minute for a 7B) and a captured graph
+ROW_LENGTHS = 4  # each costs a compilation and a captured graph
 SAMPLED_BATCHES = 512  # enough to know how long rows get
 
 

@@ -113,6 +113,21 @@ class LoraSettings:
     seed, lora_r, lora_alpha, lora_dropout, lora_target_modules = 42, 4, 8, 0.0, ["q_proj", "o_proj", "down_proj"]
 
 
+@pytest.fixture
+def lora_model(base_dir):
+    """A float32 model whose adapters are not zero, so that no gradient is."""
+    import torch
+
+    from modeling import add_lora, load_base
+
+    model = add_lora(load_base(base_dir, torch.float32, "cpu"), LoraSettings)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
 def make_records(count, seed):
     """Instruct data of our own: one sentence each with a person and a place, or with neither."""
     draw = random.Random(seed)

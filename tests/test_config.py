@@ -209,16 +209,6 @@ def test_config_copies_pickles_and_compares():
     assert args.nested["lora"]["r"] == 3
 
 
-def test_replace():
-    args = parse()
-    changed = args.replace(path="out", lora_r=4, deepspeed={"bf16": {"enabled": True}})
-    assert (changed.path, changed.lora_r, changed.deepspeed_bf16_enabled) == ("out", 4, True)
-    assert changed.nested["lora"]["r"] == 4
-    assert (args.path, args.lora_r) == (None, 8)
-    with pytest.raises(AttributeError, match="did you mean 'lora_r'"):
-        args.replace(lorar=1)
-
-
 def test_listing_is_aligned():
     lines = str(parse()).splitlines()
     assert "lora_r               8" in lines

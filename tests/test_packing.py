@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from config_utils import UserError
-from conftest import LoraSettings
 from dataset import EOS, TokenizedExample
-from modeling import add_lora, answer_loss, load_base, model_inputs
+from modeling import answer_loss, model_inputs
 from packing import (
     IGNORE_INDEX,
     MIN_SHARED,
@@ -137,17 +136,6 @@ def mixed():
     return examples
 
 
-@pytest.fixture
-def model(base_dir):
-    """float32, with adapters that are not zero, so that no gradient is."""
-    model = add_lora(load_base(base_dir, torch.float32, "cpu"), LoraSettings)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
-
-
 def loss_and_gradients(model, micro_batches, tokens):
     """Summed loss, and each LoRA gradient by name."""
     model.zero_grad()
@@ -161,13 +149,13 @@ def loss_and_gradients(model, micro_batches, tokens):
 
 @pytest.mark.parametrize("packing", ["prefix", "plain", "none"])
 @pytest.mark.parametrize("count", [26, 1])
-def test_loss_and_every_gradient_are_those_of_single_examples(model, mixed, packing, count):
+def test_loss_and_every_gradient_are_those_of_single_examples(lora_model, mixed, packing, count):
     examples = mixed[:count]
     tokens = sum(len(e.answer_ids) for e in examples)
     single = [[pad_batch([e], 0)] for e in examples]
-    expected_loss, expected = loss_and_gradients(model, single, tokens)
+    expected_loss, expected = loss_and_gradients(lora_model, single, tokens)
     rows = make_collate(packing, 0)(examples)
-    loss, gradients = loss_and_gradients(model, [rows], tokens)
+    loss, gradients = loss_and_gradients(lora_model, [rows], tokens)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     for name, gradient in gradients.items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
@@ -199,12 +187,12 @@ def test_each_token_sees_its_own_example_and_nothing_else(mixed, share):
     assert sorted(seen) == sorted(wanted)
 
 
-def test_changing_an_example_leaves_the_others_logits(model, mixed):
+def test_changing_an_example_leaves_the_others_logits(lora_model, mixed):
     def logits(examples):
         row = tree_row(examples, share=True)
         inputs = model_inputs(to_tensors(row), "cpu")
         with torch.no_grad():
-            values = model(**inputs).logits[0]
+            values = lora_model(**inputs).logits[0]
         return {(tuple(prompt), k): values[j] for j, (prompt, k) in enumerate(answer_positions(examples, row))}
 
     unique = list({tuple(e.prompt_ids): e for e in mixed}.values())
@@ -227,27 +215,27 @@ def answer_positions(examples, row):
         yield prompt, len(visible) - len(prompt)
 
 
-def test_padding_of_a_row_reaches_no_loss(model, mixed):
+def test_padding_of_a_row_reaches_no_loss(lora_model, mixed):
     tokens = sum(len(e.answer_ids) for e in mixed)
     row = tree_row(mixed)
-    loss, gradients = loss_and_gradients(model, [[to_tensors(row)]], tokens)
+    loss, gradients = loss_and_gradients(lora_model, [[to_tensors(row)]], tokens)
     padded = to_tensors(row, length=len(row["input_ids"]) + 37)
-    padded_loss, padded_gradients = loss_and_gradients(model, [[padded]], tokens)
+    padded_loss, padded_gradients = loss_and_gradients(lora_model, [[padded]], tokens)
     assert padded_loss == pytest.approx(loss, rel=1e-6)
     assert all((g - padded_gradients[n]).norm() <= 1e-5 * g.norm() for n, g in gradients.items())
 
 
-def test_stock_inputs_give_the_same_loss(model, mixed):
+def test_stock_inputs_give_the_same_loss(lora_model, mixed):
     """prefix_collator's dense mask, through plain model(**batch) with another attention, against answer_loss."""
     tokens = sum(len(e.answer_ids) for e in mixed)
-    loss, _ = loss_and_gradients(model, [make_collate("prefix", 0)(mixed)], tokens)
-    model.set_attn_implementation("sdpa")
-    assert model(**prefix_collator(mixed), use_cache=False).loss.item() == pytest.approx(loss, rel=1e-5)
+    loss, _ = loss_and_gradients(lora_model, [make_collate("prefix", 0)(mixed)], tokens)
+    lora_model.set_attn_implementation("sdpa")
+    assert lora_model(**prefix_collator(mixed), use_cache=False).loss.item() == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("packing", ["prefix", "plain", "none"])
-def test_an_empty_micro_batch_costs_nothing(model, packing):
-    loss, gradients = loss_and_gradients(model, [make_collate(packing, 0)([])], 5)
+def test_an_empty_micro_batch_costs_nothing(lora_model, packing):
+    loss, gradients = loss_and_gradients(lora_model, [make_collate(packing, 0)([])], 5)
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
 
 

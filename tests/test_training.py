@@ -15,24 +15,13 @@ from safetensors.torch import load_file
 
 import modeling
 from config_utils import UserError, load_config
-from conftest import LoraSettings, read_log, run_script, training_options
+from conftest import read_log, run_script, training_options
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
-from modeling import add_lora, answer_loss, checkpoint_to_resume, evaluate_loss, load_base, warmup_linear
+from modeling import answer_loss, checkpoint_to_resume, evaluate_loss, warmup_linear
 from packing import TrainLoader, make_collate, pad_batch
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")
-
-
-@pytest.fixture
-def lora_model(base_dir):
-    """A float32 model whose adapters are not zero, so that every gradient is."""
-    model = add_lora(load_base(base_dir, torch.float32, "cpu"), LoraSettings)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return model
 
 
 @pytest.fixture
