@@ -25,7 +25,8 @@ TEXT_DIR = ROOT / "demo_text"
 TRAIN_TEXTS, DEV_TEXTS = 4000, 500
 TRAIN_SEED, DEV_SEED = 77, 78
 ENTITY_FREE_SHARE = 0.32  # of the texts
-SENTENCES_OF_A_TEXT = {False: (0.74, 0.21, 0.05), True: (0.5, 0.36, 0.14)}  # one, two or three; True: without an entity
+# How many sentences a text may have, with entities (False) and without.
+SENTENCES_OF_A_TEXT = {False: [1] * 15 + [2] * 4 + [3], True: [1] * 8 + [2] * 5 + [3] * 2}
 PLACE_IN_PLACE_SHARE = 0.12  # of the counties, villages and streets: 湖南省 + 明溪县, two entities
 
 ENTITY_TYPES = ("PER", "LOC", "ORG")
@@ -139,12 +140,15 @@ class TextMaker:
     def __init__(self, seed, split):
         self.random = random.Random(seed)
         self.is_dev = split == "dev"
-        self.domains = {}  # domain: ([templates with an entity], [templates without])
+        self.starts = {False: [], True: []}  # {without an entity: [(domain, template)]}
+        self.sentences = {}  # (domain, without an entity): [templates that others may stand next to]
         for domain, line in TEMPLATES:
             if is_held_out("sentence:" + line) == self.is_dev:
                 parts = split_template(line)
-                self.domains.setdefault(domain, ([], []))[not has_entity(parts)].append(parts)
-        self.starts = [[(d, parts) for d, pair in self.domains.items() for parts in pair[i]] for i in range(2)]
+                entity_free = not has_entity(parts)
+                self.starts[entity_free].append((domain, parts))
+                if is_sentence(parts):
+                    self.sentences.setdefault((domain, entity_free), []).append(parts)
 
     def chance(self, probability):
         return self.random.random() < probability
@@ -191,11 +195,10 @@ class TextMaker:
         domain, parts = self.choice(self.starts[entity_free])
         sentences = [parts]
         if is_sentence(parts):
-            with_entity, without = self.domains[domain]
-            others = without if entity_free else with_entity + without
-            others = [other for other in others if is_sentence(other) and other is not parts]
-            count = self.random.choices((1, 2, 3), SENTENCES_OF_A_TEXT[entity_free])[0]
-            sentences += self.random.sample(others, min(count - 1, len(others)))
+            for _ in range(self.choice(SENTENCES_OF_A_TEXT[entity_free]) - 1):
+                more = self.choice(self.sentences[domain, entity_free or self.chance(0.4)])
+                if more not in sentences:
+                    sentences.append(more)
         return [segment for sentence in sentences for segment in self.fill(sentence)]
 
     def fill(self, parts):
@@ -245,12 +248,8 @@ class TextMaker:
     def counted(self, before, after):
         if before.endswith(("比", "：", ":")) and not after.startswith(("岁", "人", "年")):  # a score, 三比一
             return self.number(0, 9)
-        for starts, smallest, largest in NUMBER_RANGES:
-            if after.startswith(starts):
-                break
-        else:
-            smallest, largest = 2, 3000
-        number = self.number(smallest, largest)
+        ranges = ((low, high) for starts, low, high in NUMBER_RANGES if after.startswith(starts))
+        number = self.number(*next(ranges, (2, 3000)))
         if number == "二" and not before.endswith("第") and not after.startswith(("月", "比", "号", "日", "楼", "层")):
             return "两"
         return number
@@ -297,7 +296,9 @@ class TextMaker:
             return f"今年{month}月" if self.chance(0.5) else f"{chinese_number(month)}月"
         if style < 0.8:
             return f"星期{self.choice('一二三四五六日')}"
-        return f"{self.random.randint(1985, 2023)}年{month}月" + (f"{self.random.randint(1, 28)}日" if style < 0.9 else "")
+        return f"{self.random.randint(1985, 2023)}年{month}月" + (
+            f"{self.random.randint(1, 28)}日" if style < 0.9 else ""
+        )
 
 
 def is_sentence(parts):
