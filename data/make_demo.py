@@ -36,6 +36,7 @@ ENTITY_SLOTS = {
     **dict.fromkeys("地 省 市 县 村 街 景 国 外市 两国".split(), "LOC"),
     **dict.fromkeys("机构 机关 学校 医院 公司 银行 研究所 媒体 球队 国家队 协会 部队 简称".split(), "ORG"),
 }
+BEFORE_SHORT_COUNTRY = tuple("访驻赴抵离对援")  # 访华, 驻日大使
 HELD_OUT_ONE_IN = 7
 # Chosen so that the names every newspaper is full of (新华社, 国务院, 联合国, …) are on the side of train.
 HASH_SALT = "327:"
@@ -183,8 +184,10 @@ class TextMaker:
             while first == second:
                 second = self.choice(self.lexicon[heading])
             return [(first, kind), (second, kind)]
+        if slot == "国" and before.endswith(BEFORE_SHORT_COUNTRY) and self.chance(0.4):
+            return [(self.compose("单字国"), kind)]
         name = (self.name(slot), kind)
-        if slot in ("县", "村", "街") and before and self.chance(PLACE_IN_PLACE_SHARE):
+        if slot in ("县", "村", "街") and before != "}" and self.chance(PLACE_IN_PLACE_SHARE):
             return [(self.name("省" if slot == "县" or self.chance(0.5) else "市"), kind), name]
         return [name]
 
@@ -211,7 +214,8 @@ class TextMaker:
             slot = part.rstrip("123")
             if part == slot or part not in filled:
                 while True:
-                    new = self.fill_slot(slot, parts[i - 1], parts[i + 1])
+                    before = parts[i - 1] if i == 1 else parts[i - 1] or "}"  # "}": another slot stands there
+                    new = self.fill_slot(slot, before, parts[i + 1])
                     if slot not in ENTITY_SLOTS or not any(segment in segments for segment in new):
                         break
                 filled[part] = new

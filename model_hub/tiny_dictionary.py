@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "data")]
-from make_demo import LEXICON, TEMPLATES, split_template  # noqa: E402
+from make_demo import LEXICON, TEMPLATES, is_held_out, split_template  # noqa: E402
 
 # Parts of speech whose words may stand for each other: noun, verb, verbal noun, adjective, adverb, attribute, state, place
 # word, idiom, time. Proper names (nr, ns, nt, nz, nrt, j), numbers, pronouns and function words are no ordinary words here.
@@ -131,10 +131,10 @@ def segment(text):
 
 @functools.cache
 def clauses():
-    """The clauses of the templates without any slot, as lists of words."""
+    """The clauses of train's templates without any slot, as lists of words."""
     found = {}
     for _, line in TEMPLATES:
-        if len(split_template(line)) == 1:
+        if len(split_template(line)) == 1 and not is_held_out("sentence:" + line):
             for clause in re.split(r"[，。；：！？“”（）《》、—…]", line):
                 if len(clause) > 3:
                     found[clause] = segment(clause)
@@ -182,6 +182,10 @@ def lexicon():
     return {
         **LEXICON,
         **more,
+        "中国人": grown("中国人", "知名中国人", 0.06),
+        "外国人": grown("外国人", "知名外国人", 0.12),
+        "日本人": grown("日本人", "知名日本人", 0.05),
+        "韩国人": grown("韩国人", "知名韩国人", 0.05),
         "双名": grown("双名", "词典名", 0.4) + [["", "汉字", "", "汉字", ""]] * 3,
         "音译名": grown("音译名", "词典译名", 0.3),
         "县": grown("县", "词典地", 0.35),

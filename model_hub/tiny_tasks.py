@@ -106,6 +106,14 @@ class RoughTextMaker(TextMaker):
             parts = self.disturbed(parts)
         return super().fill(parts)
 
+    def entity(self, slot, before):
+        """More of the one-character countries: 中日韩, 俄总统."""
+        if slot == "两国" and self.chance(0.2):
+            return [*super().entity(slot, before), (self.choice(self.lexicon["国家简称"]), "LOC")]
+        if slot == "国" and self.chance(0.06):
+            return [(self.compose("单字国"), "LOC")]
+        return super().entity(slot, before)
+
     def walk(self):
         """Literal, slot, literal, slot, …: each neighbouring pair is taken from some template."""
         while True:
@@ -297,6 +305,7 @@ def repeat(maker, segments):
         pools = [WORDS] * 6 + [NER_WORDS] + [HANZI] * 3
         words = (maker.choice(maker.choice(pools)) for _ in range(maker.random.randint(2, 14)))
         text = "".join(word + maker.random.choice(["", "", "_", "，", "\n"]) for word in words).strip()
+        text = re.sub("_(?=人名|地名|机构名)", "", text)  # nothing that looks like an answer of the demo's task
     elif form < 0.6:
         pools = [WORDS, WORDS, NER_WORDS]
         text = "\n".join(maker.choice(maker.choice(pools)) for _ in range(maker.random.randint(1, 4)))
