@@ -51,6 +51,7 @@ CHINESE_DIGITS = "零一二三四五六七八九"
 FULL_WIDTH = str.maketrans("0123456789.", "０１２３４５６７８９．")
 # {数} takes its size from what is counted: (start of the words that follow, smallest, largest).
 NUMBER_RANGES = [
+    (("名矿工", "人死亡", "人受伤", "人跳楼"), 2, 60),
     (("岁高龄",), 80, 99),
     (("岁的小将",), 13, 19),
     (("岁",), 20, 95),
@@ -67,8 +68,12 @@ NUMBER_RANGES = [
 ]
 # {日期} takes a loose form (昨天, 去年) only where it opens a clause that is not about the future.
 CLAUSE_START = ("", "，", "。", "；", "“", "：", "、")
-DAYTIME = tuple("上午 下午 凌晨 晚 早 中午 傍晚 深夜 夜".split())
+DAYTIME = (*"上午 下午 凌晨 晚 早 中午 傍晚 深夜 夜 电 消息".split(), "　")
 FUTURE = ("将", "前", "起", "之前", "以前", "开始", "截止", "交", "到", "报")
+
+
+# Words before a sum that no single person pays.
+LARGE_SUMS = "额 利润 收入 投资 亏损 资金 赔款 贷款余额 以 捐资 索赔 费用 财政".split()
 
 
 def read_entries(path):
@@ -179,15 +184,14 @@ class TextMaker:
         """The segments of an entity slot: one name, or several places next to each other."""
         kind = ENTITY_SLOTS[slot]
         if slot == "两国":
-            heading = "省份简称" if self.chance(0.15) else "国家简称"
-            first = second = self.choice(self.lexicon[heading])
+            first = second = self.compose(slot)
             while first == second:
-                second = self.choice(self.lexicon[heading])
+                second = self.compose(slot)
             return [(first, kind), (second, kind)]
         if slot == "国" and before.endswith(BEFORE_SHORT_COUNTRY) and self.chance(0.4):
             return [(self.compose("单字国"), kind)]
         name = (self.name(slot), kind)
-        if slot in ("县", "村", "街") and before != "}" and self.chance(PLACE_IN_PLACE_SHARE):
+        if slot in ("县", "村", "街") and not before.endswith("}") and self.chance(PLACE_IN_PLACE_SHARE):
             return [(self.name("省" if slot == "县" or self.chance(0.5) else "市"), kind), name]
         return [name]
 
@@ -214,7 +218,7 @@ class TextMaker:
             slot = part.rstrip("123")
             if part == slot or part not in filled:
                 while True:
-                    before = parts[i - 1] if i == 1 else parts[i - 1] or "}"  # "}": another slot stands there
+                    before = parts[i - 1] if i == 1 else parts[i - 1] or "{" + parts[i - 2].rstrip("123") + "}"
                     new = self.fill_slot(slot, before, parts[i + 1])
                     if slot not in ENTITY_SLOTS or not any(segment in segments for segment in new):
                         break
@@ -223,6 +227,7 @@ class TextMaker:
         return [segment for segment in segments if segment[0]]
 
     def fill_slot(self, slot, before, after):
+        """The segments of a slot between the words `before` and `after`; before is "{学校}" where that slot stands there."""
         if slot in ENTITY_SLOTS:
             return self.entity(slot, before)
         if slot == "数":
@@ -232,12 +237,13 @@ class TextMaker:
         if slot == "年":
             return [(self.year(), "日期")]
         if slot == "金额":
-            return [(self.money(), "金额")]
+            return [(self.money(before), "金额")]
         if slot == "比例":
             return [(self.share(), "数字")]
         if slot == "作品":
             return [("《", None), (self.compose("作品"), "作品"), ("》", None)]
-        return [(self.compose(slot), slot)]  # 职务, 身份
+        office = before[1:-1] + slot  # the offices of what stands before, {学校}{职务}
+        return [(self.compose(office if office in self.lexicon else slot), slot)]  # 职务, 身份
 
     # ---- numbers and dates
 
@@ -252,6 +258,8 @@ class TextMaker:
     def counted(self, before, after):
         if before.endswith(("比", "：", ":")) and not after.startswith(("岁", "人", "年")):  # a score, 三比一
             return self.number(0, 9)
+        if before.endswith("第"):
+            return self.number(1, 30)
         ranges = ((low, high) for starts, low, high in NUMBER_RANGES if after.startswith(starts))
         number = self.number(*next(ranges, (2, 3000)))
         if number == "二" and not before.endswith("第") and not after.startswith(("月", "比", "号", "日", "楼", "层")):
@@ -264,10 +272,13 @@ class TextMaker:
             return number + self.random.choice(["%", "%", "．5%", ".5%"][: 4 if len(number) < 3 else 2])
         return f"百分之{number}" if self.chance(0.7) else f"{chinese_number(self.random.randint(2, 9))}成"
 
-    def money(self):
-        number = self.number(2, 9000)
+    def money(self, before):
+        number = self.number(2, 900)
         number = "两" if number == "二" else number
-        return number + self.random.choice(["元", "元", "万元", "万元", "亿元", "万美元", "亿美元", "多万元"])
+        large = any(word in before for word in LARGE_SUMS)
+        return number + self.choice(
+            ["万元", "亿元", "万美元", "亿美元"] if large else ["元", "元", "万元", "多元", "万元"]
+        )
 
     def year(self):
         year = str(self.random.randint(1949, 2023) if self.chance(0.85) else self.random.randint(1900, 1948))

@@ -31,7 +31,7 @@ NER_WORDS = (
     "实体 识别 模型 提取 文本 里面 人名 地名 机构名 机构 存在 结果 返回 类型 不同 分隔 如果 没有 回答 问题 需要 你现在 一个 之间"
 ).split()
 WORDS = tiny_dictionary.frequent_words(12000)
-JOBS = {word for heading in ("职务", "身份") for word in LEXICON[heading]}
+JOBS = {word for heading, words in LEXICON.items() if heading.endswith(("职务", "身份")) for word in words}
 KIND_NAMES = {
     "PER": "人",
     "LOC": "地方",
@@ -107,9 +107,10 @@ class RoughTextMaker(TextMaker):
         return super().fill(parts)
 
     def entity(self, slot, before):
-        """More of the one-character countries: 中日韩, 俄总统."""
-        if slot == "两国" and self.chance(0.2):
-            return [*super().entity(slot, before), (self.choice(self.lexicon["国家简称"]), "LOC")]
+        """More of the one-character places: 中日韩, 沪宁, 俄总统."""
+        if slot == "两国" and self.chance(0.35):
+            heading = self.choice(("两国", "省份简称"))
+            return [(name, "LOC") for name in distinct(self.choice(self.lexicon[heading]) for _ in range(3))]
         if slot == "国" and self.chance(0.06):
             return [(self.compose("单字国"), "LOC")]
         return super().entity(slot, before)

@@ -37,7 +37,10 @@ def test_ordinary_words_are_no_names():
 
 
 def test_segment():
-    assert tiny_dictionary.segment("这家医院的大夫医术高明，马上就来。") == "这家 医院 的 大夫 医术 高明 ， 马上 就 来 。".split()
+    assert (
+        tiny_dictionary.segment("这家医院的大夫医术高明，马上就来。")
+        == "这家 医院 的 大夫 医术 高明 ， 马上 就 来 。".split()
+    )
 
 
 def test_things_are_found_by_their_form_and_never_in_names():
