@@ -68,11 +68,16 @@ CONNECTIVES = (
     "因此 所以 但是 不过 同时 此外 另外 目前 近年来 据悉 据了解 然而 其实 当然 总之 长期以来 从此 为此 首先 其次 最后 最近 如今 "
     "当时 后来 过去 现在 一方面 另一方面 事实上 例如 特别是 尤其是 可见 显然 据介绍 据统计 会上 为了"
 ).split()
-GENERIC_ORGANISATIONS = "单位 公司 学校 医院 部门 厂 机关 法院 报社 银行 研究所 队 委员会 集团 政府 企业 协会 组织 机构 当局 军队 部队".split()
-GENERIC_PLACES = "村里 城里 山里 山区 首都 省城 县城 海边 河边 当地 这里 那里 外地 农村 城市 国外 边境 镇上 街上 市区 郊区 灾区 现场 家里 南方 北方".split()
+GENERIC_ORGANISATIONS = (
+    "单位 公司 学校 医院 部门 厂 机关 法院 报社 银行 研究所 队 委员会 集团 政府 企业 协会 组织 机构 当局 军队 部队 大学 电视台 出版社"
+).split()
+DETERMINERS = ["", "这家", "该", "一家", "有关", "各", "某", "几家", "当地", "上级", "我们"]
+GENERIC_PLACES = (
+    "村里 城里 山里 山区 首都 省城 县城 海边 河边 当地 这里 那里 外地 农村 城市 国外 边境 镇上 街上 市区 郊区 灾区 现场 家里 南方 北方"
+).split()
 GENERIC_PERSONS = (
-    "他 她 我 你 他们 我们 大家 有人 对方 父亲 母亲 妻子 儿子 女儿 爷爷 奶奶 孩子 丈夫 老人 朋友 谁 自己".split()
-)
+    "他 她 我 你 他们 我们 大家 有人 对方 父亲 母亲 妻子 儿子 女儿 爷爷 奶奶 孩子 丈夫 老人 朋友 谁 自己"
+).split()
 ANY_SLOT = {"PER": "人", "LOC": "地", "ORG": "机构"}
 NOTHING = "没有"
 ROW_LENGTH = 513  # 512 inputs and their successors
@@ -152,21 +157,20 @@ class RoughTextMaker(TextMaker):
         if kind == "PER":
             return self.choice(GENERIC_PERSONS) if self.chance(0.5) else self.compose("身份")
         if kind == "LOC":
-            return (
-                self.choice(GENERIC_PLACES)
-                if self.chance(0.6)
-                else self.word("n") + self.choice(("里", "上", "旁边", "附近"))
-            )
-        return (self.word("n") if self.chance(0.6) else "") + self.choice(GENERIC_ORGANISATIONS)
+            in_noun = self.word("n") + self.choice(("里", "上", "旁边", "附近"))
+            return self.choice(GENERIC_PLACES) if self.chance(0.6) else in_noun
+        if self.chance(0.3):  # not 公司: 友谊公司 is a name
+            return self.word("n") + self.choice(("部门", "单位", "企业", "机构", "行业", "组织"))
+        return self.choice(DETERMINERS) + self.choice(GENERIC_ORGANISATIONS)
 
     def rough_literal(self, literal, rate, after_slot):
         """The first word after a slot and the last before one stay, unless a verb or an adverb: they might extend the name."""
         words, chance, new = tiny_dictionary.segment(literal), self.random.random, []
         for i, word in enumerate(words):
-            if chance() < 0.03 and len(words) > 2:
+            edge = (i == 0 and after_slot) or i == len(words) - 1
+            if not edge and chance() < 0.03:
                 continue
             pool = tiny_dictionary.pool_of(word)
-            edge = (i == 0 and after_slot) or i == len(words) - 1
             if pool and chance() < rate and not (edge and (len(word) == 1 or tiny_dictionary.is_noun(word))):
                 word = pool[int(chance() * len(pool))]
             new.append(word)
@@ -354,7 +358,7 @@ TASKS = {
 # Per stage: the share of plain text, of tasks in the prompt frame (the others stand in a shorter one, which saves tokens), of
 # documents in the base vocabulary, and of walks and rough sentences.
 STAGES = {
-    "base": {"text": 0.30, "framed": 0.20, "base_vocabulary": 0.08, "walk": 0.25, "rough": 0.7},
+    "base": {"text": 0.20, "framed": 0.20, "base_vocabulary": 0.08, "walk": 0.25, "rough": 0.7},
     "llama": {"text": 0.80, "framed": 0.20, "base_vocabulary": 0.0, "walk": 0.15, "rough": 0.5},
     "alpaca": {"text": 0.05, "framed": 0.95, "base_vocabulary": 0.0, "walk": 0.2, "rough": 0.6},
 }
