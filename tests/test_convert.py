@@ -1,5 +1,6 @@
 """convert_llama_weights_to_hf.py against an independent LLaMA, and what it says about bad input."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from reference_llama import PARAMS, logits, random_weights, write_meta_folder
 HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
-import llama_files  # noqa: E402
+import model_writer  # noqa: E402
 from config_utils import run_script  # noqa: E402
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
@@ -104,7 +105,11 @@ def test_folder_is_complete_and_its_tokenizer_exact(source, tokenizer_models, ca
     ]
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     size = sum(file.stat().st_size for file in folder.iterdir())
-    assert capsys.readouterr().out.startswith(f"wrote {folder}: {size:,} bytes from 1 weight file(s) in ")
+    first, *sums, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"将写入 {folder}：huggingface，0.00 GB（磁盘剩余 ")
+    assert last.startswith(f"已写入 {folder}：{size:,} 字节，来自 1 个权重文件，")
+    files = [source / "7B" / "tokenizer.model", source / "7B" / "consolidated.00.pth"]
+    assert sums == [f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" for file in files]
     assert json.loads((folder / "generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -118,7 +123,7 @@ def test_folder_is_complete_and_its_tokenizer_exact(source, tokenizer_models, ca
 
 def test_large_models_are_written_in_shards(source, monkeypatch):
     whole = load_file(convert_folder(source) / "model.safetensors")
-    monkeypatch.setattr(llama_files, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(model_writer, "FILE_BYTES", 200_000)
     folder = convert_folder(source)  # replaces what stands there
     names = [file.name for file in sorted(folder.glob("*.safetensors"))]
     assert len(names) > 2 and names == [
@@ -162,7 +167,7 @@ def test_interrupted_run_leaves_nothing_that_loads(source, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llama_files, "save_tokenizer", interrupted)
+    monkeypatch.setattr(model_writer, "save_tokenizer", interrupted)
     with pytest.raises(SystemExit) as error:
         convert_folder(source)
     assert error.value.code == 130
@@ -216,7 +221,7 @@ def damage(folder, how):
         ("missing last shard", "is a consolidated file missing"),
         ("no weights", "consolidated.00.pth: no such file"),
         ("params", "params.json: not valid JSON"),
-        ("params key", 'params.json: "n_heads" must be of type int, got None'),
+        ("params key", 'params.json: "n_heads" must be a whole number above 0, got None'),
         ("other params", "params.json of another model?"),
         ("no folder", "7B: no such folder; put Meta's"),
     ],
@@ -247,7 +252,7 @@ def test_command_of_the_readme(source):
     command = [sys.executable, "convert_llama_weights_to_hf.py", "--input_dir", source, "--model_size", "7B"]
     done = subprocess.run([*command, "--output_dir", source / "7B-hf"], cwd=HUB, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote ") and (source / "7B-hf" / "config.json").is_file()
+    assert done.stdout.startswith("将写入 ") and (source / "7B-hf" / "config.json").is_file()
     command[-1] = "70B"
     done = subprocess.run(command, cwd=HUB, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

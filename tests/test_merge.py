@@ -20,7 +20,7 @@ from reference_llama import feed_forward_width, logits
 HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
-import llama_files  # noqa: E402
+import llama_layout  # noqa: E402
 import merge_llama_with_chinese_lora as merge  # noqa: E402
 from config_utils import run_script  # noqa: E402
 
@@ -146,8 +146,12 @@ def test_two_adapters_by_hand(chain, tokenizer_models, capsys):
     text = "去年，北京大学生王明华在长江沙市 😀</s>\n"
     assert AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"] == sp.encode(text)
     size = sum(file.stat().st_size for file in out.iterdir())
-    line = capsys.readouterr().out
-    assert line.startswith(f"wrote {out}: huggingface, {size:,} bytes, vocabulary 509, 2 adapter(s) merged in ")
+    first, *sums, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"将写入 {out}：huggingface，0.00 GB（磁盘剩余 ")
+    files = [chain / "llama" / "adapter_model.bin", chain / "alpaca" / "adapter_model.bin"]
+    files += [chain / "alpaca" / "tokenizer.model", chain / "base" / "model.safetensors"]
+    assert sums == [f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" for file in files]
+    assert last.startswith(f"已写入 {out}：huggingface，{size:,} 字节，词表 509，合并了 2 个 LoRA，")
 
 
 def test_sum_is_rounded_after_each_adapter(chain):
@@ -275,7 +279,7 @@ def test_pth_is_metas_layout_and_converts_back(tmp_path, tokenizer_models, ffn):
 )
 def test_params_json_gives_the_real_models_width(dim, ffn, expected):
     config = {"hidden_size": dim, "intermediate_size": ffn, "num_attention_heads": 32, "num_hidden_layers": 2}
-    params = llama_files.meta_params(config | {"rms_norm_eps": 1e-6, "vocab_size": 49954})
+    params = llama_layout.params_of(config | {"rms_norm_eps": 1e-6, "vocab_size": 49954})
     assert feed_forward_width(params) == ffn
     assert expected is None or expected.items() <= params.items() and "ffn_dim_multiplier" not in params
 
@@ -415,4 +419,4 @@ def test_command_of_the_readme(chain):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote ") and (chain / "chinese-alpaca" / "config.json").is_file()
+    assert done.stdout.startswith("将写入 ") and (chain / "chinese-alpaca" / "config.json").is_file()
