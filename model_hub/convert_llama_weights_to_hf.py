@@ -11,6 +11,7 @@ through memory a tensor at a time.
 
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def main(args):
     output_dir = args.output_dir or f"./{args.model_size}-hf"
     specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
-    with new_folder(output_dir, "huggingface", specs, inputs=[folder, args.input_dir]) as work:
+    stream = closing(progress(computed(jobs), specs, "转换"))
+    with new_folder(output_dir, "huggingface", specs, inputs=[folder, args.input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])
-        save_huggingface(work, config, specs, progress(computed(jobs), specs, "转换"), tokenizer)
+        save_huggingface(work, config, specs, tensors, tokenizer)
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for path, digest in sums.items():
             show(path, digest.result())

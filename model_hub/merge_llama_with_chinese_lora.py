@@ -16,6 +16,7 @@ published models were made.
 import os
 import sys
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -178,10 +179,11 @@ def main(args):
     specs = specs_of(shapes, {name: tensor.dtype for name, tensor in base.items()})
     jobs = ((name, partial(add_adapters, name, weight, adapters)) for name, weight in base.items())
     inputs = [base_folder, *(adapter.folder for adapter in adapters)]
-    with new_folder(args.output_dir, args.output_type, specs, inputs) as work:
+    stream = closing(progress(computed(jobs), specs, "合并"))
+    with new_folder(args.output_dir, args.output_type, specs, inputs) as work, stream as tensors:
         if args.offload_dir:
             print("--offload_dir 不再需要：权重逐个张量从文件读取，不占内存，也不写临时文件")
-        save(work, config, specs, progress(computed(jobs), specs, "合并"), tokenizer / "tokenizer.model")
+        save(work, config, specs, tensors, tokenizer / "tokenizer.model")
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for path, digest in sums.items():
             show(path, digest.result())

@@ -1,13 +1,16 @@
 """convert_llama_weights_to_hf.py against an independent LLaMA, and what it says about bad input."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
 import model_writer  # noqa: E402
+from checksums import PUBLISHED  # noqa: E402
 from config_utils import run_script  # noqa: E402
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
@@ -68,7 +72,8 @@ def source(tmp_path, tokenizer_models):
 def test_logits_equal_those_of_the_original_architecture(tmp_path, tokenizer_models, n_shards, rows, changes):
     params = PARAMS | changes
     weights = random_weights(params, rows)
-    write_meta_folder(tmp_path / "7B", params, weights, n_shards, tokenizer_models / "base.model")
+    tokenizer = tokenizer_models / "base.model"
+    write_meta_folder(tmp_path / "7B", params, weights, n_shards, tokenizer, rope_freqs=n_shards != 4)
     folder = convert_folder(tmp_path)
     model, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()) and model.dtype == torch.float32
@@ -174,6 +179,47 @@ def test_interrupted_run_leaves_nothing_that_loads(source, monkeypatch):
     assert [path.name for path in source.iterdir()] == ["7B"]
 
 
+def test_what_a_killed_run_left_is_cleared_and_what_is_somebodys_own_is_not(source, capsys):
+    left = source / "7B-hf.tmp"
+    left.mkdir()
+    (left / "model-00001-of-00002.safetensors").write_text("half")
+    (left / "mine.txt").write_text("mine")
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "7B-hf")
+    assert f"{left}/mine.txt: is where the model is to be written; move it away" in line
+    assert (left / "mine.txt").read_text() == "mine" and not (source / "7B-hf").exists()
+    (left / "mine.txt").unlink()
+    assert not (convert_folder(source) / "model-00001-of-00002.safetensors").exists()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("free", [0, 10**6])
+def test_a_disk_without_room_is_found_before_anything_is_written(source, capsys, monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "a" / "7B-hf")
+    assert "the model takes 0.00 GB, and 0.00 GB of that disk are free; make room" in line
+    assert [path.name for path in source.iterdir()] == ["7B"]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(source, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(model_writer, "_bytes", full)
+    with pytest.raises(SystemExit) as error:
+        convert_folder(source)
+    *_, line = capsys.readouterr().err.splitlines()  # below the progress bar
+    assert error.value.code == 2
+    assert line.startswith("error: --output_dir=") and "cannot be written (No space left on device); name" in line
+    assert [path.name for path in source.iterdir()] == ["7B"]
+
+
+def test_published_files_are_called_by_their_names(source, capsys, monkeypatch):
+    file = source / "7B" / "consolidated.00.pth"
+    monkeypatch.setitem(PUBLISHED, hashlib.sha256(file.read_bytes()).hexdigest(), "LLaMA-7B consolidated.00.pth")
+    convert_folder(source)
+    assert f"  {file}（即官方公布的 LLaMA-7B consolidated.00.pth）\n" in capsys.readouterr().out
+
+
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -192,6 +238,22 @@ def damage(folder, how):
         weights.write_bytes(weights.read_bytes()[:-5000])
     elif how == "code":
         weights.write_bytes(pickle.dumps(Evil(), protocol=2))
+    elif how == "code in an archive":
+        torch.save(tensors | {"norm.weight": Evil()}, weights)
+    elif how == "empty file":
+        weights.write_bytes(b"")
+    elif how == "a list":
+        torch.save(list(tensors.values()), weights)
+    elif how == "quantized":
+        torch.save(tensors | {"norm.weight": torch.ones(64, dtype=torch.int8)}, weights)
+    elif how == "params list":
+        (folder / "7B" / "params.json").write_text("[1, 2]")
+    elif how == "params zero":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"n_heads": 0}))
+    elif how == "params heads":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"n_heads": 5}))
+    elif how == "params text":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"rope_theta": "1e6"}))
     elif how == "missing first shard":
         weights.rename(folder / "7B" / "consolidated.01.pth")
     elif how == "missing last shard":
@@ -217,6 +279,14 @@ def damage(folder, how):
         ("missing tensor", "consolidated.00.pth: holds no tensor layers.1.attention.wq.weight"),
         ("truncated", "consolidated.00.pth: damaged"),
         ("code", "consolidated.00.pth: damaged"),
+        ("code in an archive", "consolidated.00.pth: damaged"),
+        ("empty file", "consolidated.00.pth: damaged"),
+        ("a list", "consolidated.00.pth: holds something else than named tensors"),
+        ("quantized", "consolidated.00.pth: norm.weight is of type torch.int8"),
+        ("params list", "params.json: expected a JSON object, got list"),
+        ("params zero", 'params.json: "n_heads" must be a whole number above 0, got 0'),
+        ("params heads", "params.json: 5 heads and 5 key heads do not fit 64 dimensions"),
+        ("params text", "params.json: \"rope_theta\" must be a number, got '1e6'"),
         ("missing first shard", "consolidated.00.pth: no such file"),
         ("missing last shard", "is a consolidated file missing"),
         ("no weights", "consolidated.00.pth: no such file"),
@@ -232,6 +302,29 @@ def test_bad_input_is_one_line(source, tokenizer_models, capsys, monkeypatch, ho
     damage(source, how)
     assert message in fails(capsys, "--input_dir=./", "--model_size=7B", "--output_dir=./7B-hf")
     assert {path.name for path in source.iterdir()} <= {"7B", "tokenizer.model"}  # nothing written, nothing executed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bytes_that_are_cut_off_or_changed_never_end_in_a_traceback(source, capsys, seed):
+    """Ten damages each: cut anywhere, or a byte of the pickle changed. What still reads must be what was there."""
+    weights, draw = source / "7B" / "consolidated.00.pth", random.Random(seed)
+    whole = weights.read_bytes()
+    begin = whole.index(b"data.pkl")
+    for i in range(10):
+        damaged = bytearray(whole)
+        if i % 2:
+            del damaged[draw.randrange(len(whole)) :]
+        else:
+            damaged[draw.randrange(begin, begin + 2000)] ^= draw.randrange(1, 256)
+        weights.write_bytes(damaged)
+        try:
+            convert_folder(source)
+        except SystemExit as error:
+            assert error.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+            assert [path.name for path in source.iterdir()] == ["7B"]
+        else:
+            shutil.rmtree(source / "7B-hf")
+            capsys.readouterr()
 
 
 def test_bad_options_are_one_line(source, tokenizer_models, capsys):
