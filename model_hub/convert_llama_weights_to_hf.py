@@ -68,9 +68,9 @@ def main(args):
     with new_folder(output_dir, "huggingface", specs, inputs=[folder, args.input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])
         save_huggingface(work, config, specs, tensors, tokenizer)
-        seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for path, digest in sums.items():
             show(path, digest.result())
+        seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
     print(f"已写入 {output_dir}：{size:,} 字节，来自 {len(files)} 个权重文件，{seconds:.1f} 秒")
 
 

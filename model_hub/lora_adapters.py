@@ -32,23 +32,30 @@ ROWS = 128  # of a matrix at a time: the float32 copies of this many stay in the
 
 class Adapter(NamedTuple):
     folder: Path
-    file: Path  # of its weights
     lora: dict  # name of the base's tensor -> (lora_A, lora_B, scaling)
     saved: dict  # name of the base's tensor -> the tensor that takes its place (modules_to_save)
     tokenizer: Path | None  # the folder of its tokenizer.model
 
 
-def read_adapter(folder):
-    """The Adapter in a folder; UserError for one that is damaged, empty, untrained, or of a kind not known here."""
+def weights_file(folder):
+    """The file of an adapter's weights; UserError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; download that LoRA there, or train one (README.md)")
-    config = read_json(folder / "adapter_config.json", "--lora_model must name folders of PEFT adapters")
-    _check_settings(config, folder / "adapter_config.json")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     file = next((file for file in files if file.is_file()), None)
+    if file is None and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}/adapter_config.json: no such file; --lora_model must name folders of PEFT adapters")
     if file is None:
         raise UserError(f"{folder}: neither {files[0].name} nor {files[1].name} in it; download the adapter's weights")
+    return file
+
+
+def read_adapter(file):
+    """The Adapter with this file of weights; UserError if it is damaged, empty, untrained, or of a kind unknown here."""
+    folder = file.parent
+    config = read_json(folder / "adapter_config.json", "it comes with the adapter's weights")
+    _check_settings(config, folder / "adapter_config.json")
 
     factors, saved = {}, {}
     for name, tensor in read_tensors(file).items():
@@ -74,7 +81,7 @@ def read_adapter(folder):
     lora = {name: _factors(name, parts, config, file) for name, parts in factors.items()}
     if not saved and not any(b.any() for _, b, _ in lora.values()):
         raise UserError(f"{file}: every lora_B is zero, so it changes nothing: it was saved untrained; train it again")
-    return Adapter(folder, file, lora, saved, folder if (folder / "tokenizer.model").is_file() else None)
+    return Adapter(folder, lora, saved, folder if (folder / "tokenizer.model").is_file() else None)
 
 
 def _check_settings(config, path):

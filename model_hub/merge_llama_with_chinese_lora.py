@@ -27,7 +27,7 @@ from config_utils import UserError, load_config, run_script
 from dataset import BOS, EOS, load_tokenizer, tokenizer_sha256
 from llama_files import read_base
 from llama_layout import EMBEDDING, HEAD, count_files, dims, params_of
-from lora_adapters import add_adapters, read_adapter
+from lora_adapters import add_adapters, read_adapter, weights_file
 from model_writer import computed, new_folder, progress, save_huggingface, save_pth, specs_of
 
 CONFIG = {
@@ -157,14 +157,14 @@ def main(args):
 
     base_folder = Path(args.base_model)
     config, base, base_files = read_base(base_folder)
-    adapters = [read_adapter(folder.strip()) for folder in args.lora_model.split(",") if folder.strip()]
-    if not adapters:
+    lora_files = [weights_file(folder.strip()) for folder in args.lora_model.split(",") if folder.strip()]
+    if not lora_files:
         raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
-    sums = hash_in_background([*(adapter.file for adapter in adapters), *base_files])
+    sums = hash_in_background([*lora_files, *base_files])
+    adapters = [read_adapter(file) for file in lora_files]
     shapes, tokenizer = check_fit(base_folder, base, adapters)
-    check_published(
-        len(base[EMBEDDING]), [PUBLISHED.get(sums[adapter.file].result()) for adapter in adapters], adapters
-    )
+    names = [PUBLISHED.get(sums[file].result()) for file in lora_files]
+    check_published(len(base[EMBEDDING]), names, adapters)
 
     config.pop("dtype", None)  # newer name of torch_dtype
     dtype = str(base[EMBEDDING].dtype).removeprefix("torch.")
@@ -184,10 +184,10 @@ def main(args):
         if args.offload_dir:
             print("--offload_dir 不再需要：权重逐个张量从文件读取，不占内存，也不写临时文件")
         save(work, config, specs, tensors, tokenizer / "tokenizer.model")
-        seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for path, digest in sums.items():
             show(path, digest.result())
         show(tokenizer / "tokenizer.model", tokenizer_sha256(tokenizer))
+        seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for file in sorted(work.glob("*.pth")):
             show(Path(args.output_dir) / file.name, sha256_of(file))
         if args.verify:
