@@ -9,6 +9,7 @@ number format of the source. Any size and any number of consolidated files: shap
 through memory a tensor at a time.
 """
 
+import math
 import sys
 import time
 from contextlib import closing
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checksums import hash_in_background, show
 from config_utils import UserError, run_script
 from dataset import load_tokenizer, save_tokenizer
-from llama_files import read_meta
+from llama_files import read_json, read_meta
 from llama_layout import expected_shapes, from_meta
 from model_writer import computed, new_folder, progress, save_huggingface, specs_of
 
@@ -41,6 +42,27 @@ def find_tokenizer(input_dir, model_size):
     raise UserError(f"{' and '.join(map(str, places))}: no such file; put LLaMA's tokenizer.model there")
 
 
+def check_pieces(tokenizer, folder, rows):
+    """UserError where the tokenizer has pieces for which the model in `folder` has no embedding."""
+    pieces = load_tokenizer(tokenizer.parent).sp_model.get_piece_size()
+    if pieces > rows:
+        raise UserError(
+            f"{tokenizer}: has {pieces} pieces, but {folder} has embeddings for {rows}; use the tokenizer.model that "
+            "came with these weights"
+        )
+
+
+def add_tokenizer(tokenizer, output_dir):
+    """What is missing where somebody else has converted the weights."""
+    if not output_dir:
+        raise UserError("--output_dir is missing; name the folder of the model, e.g. --output_dir=./7B-hf")
+    config = Path(output_dir) / "config.json"
+    rows = read_json(config, "").get("vocab_size") if config.is_file() else None
+    check_pieces(tokenizer, output_dir, rows if isinstance(rows, int) else math.inf)
+    save_tokenizer(tokenizer, output_dir)
+    print(f"已写入 {output_dir}：tokenizer.model，tokenizer_config.json")
+
+
 def main(args):
     started = time.time()
     folder = Path(args.input_dir) / args.model_size
@@ -48,19 +70,11 @@ def main(args):
         raise UserError(f"{folder}: no such folder; put Meta's consolidated.*.pth and params.json there")
     tokenizer = find_tokenizer(args.input_dir, args.model_size)
     if args.model_size == "tokenizer_only":
-        if not args.output_dir:
-            raise UserError("--output_dir is missing; name the folder of the model, e.g. --output_dir=./7B-hf")
-        save_tokenizer(tokenizer, args.output_dir)
-        print(f"已写入 {args.output_dir}：tokenizer.model，tokenizer_config.json")
+        add_tokenizer(tokenizer, args.output_dir)
         return
 
     config, parts, files = read_meta(folder, args.max_position_embeddings)
-    pieces = load_tokenizer(tokenizer.parent).sp_model.get_piece_size()
-    if pieces > config["vocab_size"]:
-        raise UserError(
-            f"{tokenizer}: has {pieces} pieces, but {folder} has embeddings for {config['vocab_size']}; use the "
-            "tokenizer.model that came with these weights"
-        )
+    check_pieces(tokenizer, folder, config["vocab_size"])
     output_dir = args.output_dir or f"./{args.model_size}-hf"
     specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())

@@ -158,6 +158,18 @@ def test_tokenizer_only_needs_no_weights(tmp_path, tokenizer_models):
     assert sorted(file.name for file in out.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
 
 
+def test_tokenizer_only_writes_none_that_is_damaged_or_too_large(source, tokenizer_models, capsys):
+    folder, options = convert_folder(source), ["--input_dir", source, "--model_size=tokenizer_only", "--output_dir"]
+    before = (folder / "tokenizer.model").read_bytes()
+    shutil.copyfile(tokenizer_models / "merged.model", source / "tokenizer.model")
+    capsys.readouterr()
+    assert f"has 508 pieces, but {folder} has embeddings for 420" in fails(capsys, *options, folder)
+    (source / "tokenizer.model").write_text("<html>")
+    assert "tokenizer.model: not a SentencePiece model" in fails(capsys, *options, folder)
+    assert "tokenizer.model: not a SentencePiece model" in fails(capsys, *options, source / "new")
+    assert (folder / "tokenizer.model").read_bytes() == before and not (source / "new").exists()
+
+
 def test_other_files_of_the_output_folder_stay(source):
     folder = source / "7B-hf"
     folder.mkdir()
