@@ -427,7 +427,11 @@ def test_verify_compares_with_peft(embedded, tmp_path, capsys, monkeypatch, outp
     run(embedded, [SHIPPED], tmp_path / "ner", *options)
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"验证：3/3 个贪心答案相同，logits 最大相差 0\.\d{4}（logits 的标准差 \d\.\d{4}）", lines[-2])
-    assert "  合并后：  '苏晓岚_人名\\n昆明_地名'" in lines
+    ours, merged = (
+        next(line.partition("：")[2].strip() for line in lines if line.startswith(start))
+        for start in ("  基座+LoRA：", "  合并后：")
+    )
+    assert ours == merged and "苏晓岚_人名" in ours
 
     def wrong(name, weight, adapters):
         return -weight if name == "model.layers.3.mlp.down_proj.weight" else weight
