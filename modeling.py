@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -162,7 +163,7 @@ def check_options(args):
         raise UserError(f"--best={args.best} needs evaluations; give --eval_steps=500")
     if args.best == "f1" and args.eval_examples < 1:
         raise UserError("--best=f1 needs answers to score; give --eval_examples=200")
-    if args.eval_examples > 0 and args.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3:
+    if args.eval_examples > 0 and zero_stage(args) == 3:
         raise UserError(
             "--eval_examples: with ZeRO-3 no process has the whole model to answer with; use stage 1 or 2, or "
             "--eval_examples=0 and test.py"
@@ -188,16 +189,56 @@ def add_lora(model, args):
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        model = get_peft_model(model, config)
     except ValueError as error:  # no such module
         raise UserError(f"--lora_target_modules={','.join(args.lora_target_modules)}: {error}") from None
+    if zero_stage(args) != 3:  # which moves each module's own weights about
+        flatten_lora(model)
+    return model
+
+
+def zero_stage(args):
+    return args.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def flatten_lora(model):
+    """Make the LoRA weights of a PEFT model views of one parameter, `model.lora`.
+
+    A 7B has 448 of them, and DeepSpeed's work at a step is per parameter (a hook, copies, a norm, a look for overflow).
+    """
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    model.lora_shapes = {name: tensor.shape for name, tensor in weights.items()}
+    model.lora_modules = [model.get_submodule(name.removesuffix(".weight")) for name in weights]
+    model.register_parameter("lora", torch.nn.Parameter(torch.cat([tensor.flatten() for tensor in weights.values()])))
+    for module in model.lora_modules:
+        del module.weight
+    model.compiled_layers = None  # compile_for_training may set it
+    model.register_forward_pre_hook(_bind_before_forward)
+
+
+def _bind_before_forward(model, inputs):
+    """Anew each time, since DeepSpeed moves the parameter's memory; a captured graph has views of its own."""
+    if not (model.compiled_layers and model.compiled_layers.replays):
+        bind_lora(model, model.lora)
+
+
+def lora_weights(model, flat):
+    """The LoRA weights as views of a flat tensor: {parameter name: tensor}."""
+    parts = flat.split([shape.numel() for shape in model.lora_shapes.values()])
+    return {name: part.view(shape) for part, (name, shape) in zip(parts, model.lora_shapes.items(), strict=True)}
+
+
+def bind_lora(model, flat):
+    """Let the LoRA modules compute with views of `flat`."""
+    for module, weight in zip(model.lora_modules, lora_weights(model, flat).values(), strict=True):
+        module.weight = weight
 
 
 def compile_for_training(model, loader, args, pad_id, device):
     """Compile the decoder layers for the loader's rows, as --compile says; one line says so, or why not."""
     if args.compile == "False":
         return
-    stage = args.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(args)
     if device.type != "cuda" or args.packing == "none" or stage == 3:  # ZeRO-3 moves weights about at every step
         if args.compile == "True":
             say(
@@ -205,7 +246,8 @@ def compile_for_training(model, loader, args, pad_id, device):
             )
         return
     # recomputing a layer for its gradient cannot be part of a captured graph
-    lengths = compile_layers(model, loader, args.packing, pad_id, graphs=not args.gradient_checkpointing)
+    graphs = not args.gradient_checkpointing
+    lengths = compile_layers(model, loader, args.packing, pad_id, graphs, bind=partial(bind_lora, model))
     say(f"编译各层，行长 {', '.join(map(str, lengths))}；每种行长第一次出现时要等编译")
 
 
@@ -394,16 +436,20 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
     """
     import deepspeed
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    with deepspeed.zero.GatheredParameters(trainable):
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(trainable.values())):
         if not is_main():
             return
-        lora_b = [p for name, p in model.named_parameters() if "lora_B" in name]
-        assert lora_b and any(p.abs().max() > 0 for p in lora_b), "the adapter is empty: nothing was trained"
+        weights = lora_weights(model, model.lora.detach()) if "lora" in trainable else trainable
+        weights = {name: weight.detach().clone() for name, weight in weights.items()}  # not views of one storage
+        lora_b = [weight for name, weight in weights.items() if "lora_B" in name]
+        assert lora_b and any(weight.abs().max() > 0 for weight in lora_b), "the adapter is empty: nothing was trained"
         target = Path(save_dir) / "adapter_model"
         new, old = target.with_name("adapter_model.new"), target.with_name("adapter_model.old")
         shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(new, safe_serialization=args.safe_serialization, save_embedding_layers=False)
+        model.save_pretrained(
+            new, safe_serialization=args.safe_serialization, save_embedding_layers=False, state_dict=weights
+        )
         (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         save_config(args, new / "train_args.json", deepspeed=deepspeed_config, **facts, step=step)
         if target.exists():  # a folder cannot be renamed over a full one
@@ -438,6 +484,8 @@ def merged_lora(model):
     originals = [layer.weight.detach().to("cpu", copy=True) for layer in layers]
     training = model.training
     model.eval()
+    if getattr(model, "lora_shapes", None):  # DeepSpeed may have moved what they are views of
+        bind_lora(model, model.lora.detach())
     model.merge_adapter()
     try:
         yield model

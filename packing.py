@@ -12,6 +12,7 @@ sees token k iff k <= q and enter[k] <= enter[q] < exit[k]. That is the whole at
 import math
 import random
 from bisect import bisect_left
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import torch
@@ -73,6 +74,15 @@ class TrainLoader:
         return min(size, len(self.examples) - step % self.steps_per_epoch * size)
 
     def __iter__(self):
+        """The rest of the epoch. A thread lays out the next batch while the device computes this one."""
+        batches = self._batches()
+        with ThreadPoolExecutor(1) as thread:
+            ahead = thread.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = thread.submit(next, batches, None)
+                yield batch
+
+    def _batches(self):
         steps = optimizer_steps(len(self.examples), *self.shape, self.seed, self.epoch)
         for step in islice(steps, self.skipped, None):
             tokens = sum(len(self.examples[i].answer_ids) for parts in step for part in parts for i in part)

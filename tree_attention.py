@@ -102,7 +102,7 @@ AttentionMaskInterface.register("tree", sdpa_mask)  # for whatever is not a tree
 
 ROW_MULTIPLE = 128  # FlexAttention's block size
 ROW_LENGTHS = 4  # each costs a compilation and a captured graph
-SAMPLED_BATCHES = 512  # enough to know how long rows get
+SAMPLED_BATCHES = 256  # enough to know how long rows get
 
 
 def choose_lengths(lengths, count=ROW_LENGTHS):
@@ -128,11 +128,19 @@ def choose_lengths(lengths, count=ROW_LENGTHS):
     return [n * ROW_MULTIPLE for n in (*chosen, -(-chosen[-1] * 9 // 8))]
 
 
-def compile_layers(model, loader, packing, pad_id, graphs):
-    """Compile a PEFT model's layers for the rows that `loader` gives; from then on it pads them to few lengths."""
-    rows = (row for batch in islice(loader, SAMPLED_BATCHES) for row in batch["rows"])
-    lengths = choose_lengths([row["input_ids"].shape[1] for row in rows])
-    model.compiled_layers = CompiledLayers(model, lengths, graphs)
+def compile_layers(model, loader, packing, pad_id, graphs, bind):
+    """Compile a PEFT model's layers for the rows that `loader` gives; from then on it pads them to few lengths.
+
+    model.lora: the one trainable parameter. bind(flat): lets the layers compute with views of another in its place.
+    """
+    lengths = []
+    for epoch in range(-(-SAMPLED_BATCHES // len(loader))):
+        loader.set_epoch(epoch)
+        batches = islice(loader, SAMPLED_BATCHES - epoch * len(loader))
+        lengths += [row["input_ids"].shape[1] for batch in batches for row in batch["rows"]]
+    loader.set_epoch(0)
+    lengths = choose_lengths(lengths)
+    model.compiled_layers = CompiledLayers(model, lengths, graphs, bind)
     loader.collate = make_collate(packing, pad_id, lengths)
     return lengths
 
@@ -141,15 +149,15 @@ class CompiledLayers:
     """A PEFT model's decoder layers, compiled for tree rows of a few lengths and replayed as CUDA graphs.
 
     transformers' LlamaModel goes on as it is: only the `forward` of its layers is exchanged, on this instance. Each
-    length has a FlexAttention BlockMask in fixed buffers, which the graph reads; a batch's mask is copied into them.
-    Parameter gradients go through autograd as ever, so DeepSpeed's hooks on them run.
+    length has a FlexAttention BlockMask in fixed buffers, made anew from the row's enter and exit, by the graph itself
+    where there is one. The gradient of model.lora goes through autograd as ever, so DeepSpeed's hook on it runs.
     """
 
-    def __init__(self, model, lengths, graphs):
-        self.body, self.lengths, self.graphs = model.get_base_model().model, lengths, graphs
-        self.masks, self.graphed, self.mask = {}, {}, None  # mask: that of the row being computed, else None
+    def __init__(self, model, lengths, graphs, bind):
+        self.model, self.body = model, model.get_base_model().model
+        self.lengths, self.graphs, self.bind = lengths, graphs, bind
+        self.masks, self.graphed, self.length = {}, {}, None  # length: of the row being computed, None: not compiled
         self.proven = False  # whether a compiled row has ever come out
-        self.trainable = tuple(p for p in self.body.parameters() if p.requires_grad)
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no two lengths are ever in use at once
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(lengths))
         self.originals = [layer.forward for layer in self.body.layers]
@@ -157,68 +165,81 @@ class CompiledLayers:
         for i, layer in enumerate(self.body.layers):
             layer.forward = partial(self._layer, i)
 
+    @property
+    def replays(self):
+        """Whether the row being computed goes through a captured graph."""
+        return self.graphs and self.length is not None and torch.is_grad_enabled()
+
     def load_mask(self, enter, exit):
         """Take a row's mask, int tensors [1, length], for the next forward; False if that row is not to be compiled."""
-        self.mask, length = None, enter.shape[1]
-        if length not in self.lengths or not torch.is_grad_enabled():
+        length = enter.shape[1]
+        self.length = length if length in self.lengths and torch.is_grad_enabled() else None
+        if self.length is None:
             return False
         if length not in self.masks:
-            limits = torch.stack([enter[0], exit[0]]).int()
+            limits = torch.zeros(2, length, dtype=torch.int32, device=enter.device)
 
             def sees(batch, head, q, k):
                 return (k <= q) & (limits[0, k] <= limits[0, q]) & (limits[0, q] < limits[1, k])
 
-            self.masks[length] = (limits, sees, create_block_mask(sees, None, None, length, length, enter.device))
-        limits, sees, self.mask = self.masks[length]
-        limits.copy_(torch.stack([enter[0], exit[0]]))
-        fresh = create_block_mask(sees, None, None, length, length, enter.device)
-        for name in MASK_BUFFERS:
-            getattr(self.mask, name).copy_(getattr(fresh, name))
+            self.masks[length] = (limits, create_block_mask(sees, None, None, length, length, enter.device))
+        self.masks[length][0].copy_(torch.cat([enter, exit]))
+        if not self.graphs:
+            self._renew_mask(length)
         return True
 
+    def _renew_mask(self, length):
+        limits, mask = self.masks[length]
+        for name, fresh in mask_buffers(*limits).items():
+            getattr(mask, name).copy_(fresh)
+        return mask
+
     def _layer(self, i, hidden_states, *args, **kwargs):
-        if self.mask is None or not torch.is_grad_enabled():
+        if self.length is None or not torch.is_grad_enabled():
             return self.originals[i](hidden_states, *args, **kwargs)
         if not self.graphs:
-            hidden_states = self.compiled[i](hidden_states, *args, **{**kwargs, "attention_mask": self.mask})
+            mask = self.masks[self.length][1]
+            hidden_states = self.compiled[i](hidden_states, *args, **{**kwargs, "attention_mask": mask})
             self.proven = True
             return hidden_states
         if i:
             return hidden_states  # the first layer's call has gone through all of them
-        length, inputs = hidden_states.shape[1], (hidden_states, *kwargs["position_embeddings"])
-        if length not in self.graphed:
-            self.graphed[length] = self._capture(self.mask, inputs)
+        inputs = (hidden_states, *kwargs["position_embeddings"])
+        if self.length not in self.graphed:
+            self.graphed[self.length] = self._capture(self.length, inputs)
             self.proven = True
-        return _Replay.apply(self.graphed[length], *inputs, *self.trainable)
+        return _Replay.apply(self.graphed[self.length], *inputs, self.model.lora)
 
-    def _capture(self, mask, inputs):
+    def _capture(self, length, inputs):
         """Forward and backward through all layers as two CUDA graphs, for rows like `inputs` (hidden states, cos, sin).
 
-        torch.cuda.make_graphed_callables does not fit: DeepSpeed's hooks have tied the parameters' gradient nodes to
-        the default stream, which must not take part in a capture. So it goes through stand-ins that share their memory.
+        torch.cuda.make_graphed_callables does not fit: DeepSpeed's hook has tied the parameter's gradient node to the
+        default stream, which must not take part in a capture. So it goes through a stand-in that shares its memory.
         """
         inputs = [tensor.detach().clone() for tensor in inputs]
-        standins = {id(p): torch.nn.Parameter(p.detach()) for p in self.trainable}
-        holders = [(m, name) for m in self.body.modules() for name, p in m._parameters.items() if id(p) in standins]
-        originals = [module._parameters[name] for module, name in holders]
-        parameters, forward = list(standins.values()), None
+        lora, forward = torch.nn.Parameter(self.model.lora.detach()), None
 
         def run():
-            hidden_states, *rotary = inputs
+            self.bind(lora)  # here, since the views' gradients flow on the stream on which they were made
+            mask, (hidden_states, *rotary) = self._renew_mask(length), inputs
             for forward in self.compiled:
                 hidden_states = forward(hidden_states, attention_mask=mask, position_embeddings=tuple(rotary))
             return hidden_states
 
-        for (module, name), parameter in zip(holders, originals, strict=True):
-            module._parameters[name] = standins[id(parameter)]
         try:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(3):  # compiles, tunes and allocates what must not happen during a capture
-                    output = run()
-                    torch.autograd.grad(output, parameters, torch.zeros_like(output))
-                    del output
+                # Compiles, tunes and allocates what must not happen during a capture. Layer by layer, since the
+                # activations of all of them would need their memory twice: here and in the graphs of other lengths.
+                for _ in range(2):
+                    self.bind(lora)
+                    mask, (hidden_states, *rotary) = self._renew_mask(length), inputs
+                    for layer in self.compiled:
+                        output = layer(hidden_states, attention_mask=mask, position_embeddings=tuple(rotary))
+                        torch.autograd.grad(output, lora, torch.zeros_like(output))
+                        hidden_states = output.detach().requires_grad_()
+                del output, hidden_states
             torch.cuda.current_stream().wait_stream(side)
             torch.cuda.synchronize()
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -227,7 +248,7 @@ class CompiledLayers:
                 output = run()
             output_gradient = torch.zeros_like(output)
             with torch.cuda.graph(backward, pool=self.pool, capture_error_mode="thread_local"):
-                gradients = torch.autograd.grad(output, parameters, output_gradient)
+                (gradient,) = torch.autograd.grad(output, lora, output_gradient)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -235,17 +256,32 @@ class CompiledLayers:
                 raise
             # a broken capture leaves torch's allocator unable to reuse memory
             raise UserError(f"CUDA graph capture failed ({str(error).splitlines()[0]}); use --compile=False") from None
-        finally:
-            for (module, name), parameter in zip(holders, originals, strict=True):
-                module._parameters[name] = parameter
-        return _Captured(forward, backward, inputs, output.detach(), output_gradient, gradients)
+        return _Captured(forward, backward, inputs, output.detach(), output_gradient, gradient)
 
 
-MASK_BUFFERS = (
-    *("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices"),
-    *("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"),
-)
-_Captured = namedtuple("_Captured", "forward backward inputs output output_gradient gradients")
+def mask_buffers(enter, exit):
+    """The tensors of the BlockMask of a tree row, int32 [1, 1, blocks] and [1, 1, blocks, blocks], by their names.
+
+    What create_block_mask computes (blocks are ROW_MULTIPLE wide), with nothing that could not be part of a CUDA graph.
+    enter, exit: int [length].
+    """
+    blocks = len(enter) // ROW_MULTIPLE
+    seen = tree_mask(enter, exit).view(blocks, ROW_MULTIPLE, blocks, ROW_MULTIPLE).sum((1, 3))
+    full = seen == ROW_MULTIPLE**2
+    kinds = {"": (seen > 0) & ~full, "full_": full}
+    buffers = {}
+    for side in ("kv", "q"):
+        for kind, chosen in kinds.items():
+            chosen = chosen if side == "kv" else chosen.T
+            # the chosen ones first, in their order, then the others
+            place = torch.where(chosen, chosen.cumsum(-1), chosen.sum(-1, keepdim=True) + (~chosen).cumsum(-1)) - 1
+            columns = torch.arange(blocks, device=enter.device).expand(blocks, blocks)
+            buffers[f"{kind}{side}_num_blocks"] = chosen.sum(-1)[None, None].int()
+            buffers[f"{kind}{side}_indices"] = torch.empty_like(place).scatter_(-1, place, columns)[None, None].int()
+    return buffers
+
+
+_Captured = namedtuple("_Captured", "forward backward inputs output output_gradient gradient")
 
 
 class _Replay(torch.autograd.Function):
@@ -253,9 +289,7 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, captured, *tensors):
-        for buffer, tensor in zip(
-            captured.inputs, tensors, strict=False
-        ):  # the parameters after them are read in place
+        for buffer, tensor in zip(captured.inputs, tensors[:-1], strict=True):  # the parameter is read in place
             buffer.copy_(tensor)
         captured.forward.replay()
         ctx.captured = captured
@@ -266,5 +300,5 @@ class _Replay(torch.autograd.Function):
         captured = ctx.captured
         captured.output_gradient.copy_(gradient)
         captured.backward.replay()
-        # The buffers themselves: autograd copies a gradient that somebody else still holds before it keeps it.
-        return None, *(None for _ in captured.inputs), *captured.gradients
+        # The buffer itself: autograd copies a gradient that somebody else still holds before it keeps it.
+        return None, *(None for _ in captured.inputs), captured.gradient

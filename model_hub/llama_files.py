@@ -1,97 +1,17 @@
-"""What convert and merge must agree on: the two layouts of LLaMA's weights, and how folders are read and written.
-
-Meta's layout is consolidated.*.pth + params.json, Hugging Face's is model*.safetensors + config.json. They differ in
-names and in the order of the rows of wq and wk: Meta rotates the neighbouring rows 2i and 2i + 1 of a head together,
-Hugging Face the rows i and i + half. Weights are memory-mapped where they are read.
-"""
+"""Reading models from disk, memory-mapped and checked: Meta's folders, Hugging Face's, and single files of weights."""
 
 import json
-import math
-import os
-import pickle
-import shutil
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import load_file
 
 from config_utils import UserError
-from dataset import BOS, EOS, how_to_get, load_tokenizer, save_tokenizer
+from dataset import how_to_get
+from llama_layout import CUT_BY_COLUMNS, EMBEDDING, HEAD, config_of, dims, expected_shapes, meta_names
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-OUTSIDE_LAYERS = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", HEAD: "output.weight"}
-IN_LAYER = {
-    "self_attn.q_proj": "attention.wq",
-    "self_attn.k_proj": "attention.wk",
-    "self_attn.v_proj": "attention.wv",
-    "self_attn.o_proj": "attention.wo",
-    "mlp.gate_proj": "feed_forward.w1",
-    "mlp.down_proj": "feed_forward.w2",
-    "mlp.up_proj": "feed_forward.w3",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-SHARD_BYTES = 10**9  # also what writing holds in memory
-
-
-def meta_names(n_layers):
-    """Hugging Face's name of every tensor -> Meta's."""
-    names = dict(OUTSIDE_LAYERS)
-    for i in range(n_layers):
-        for ours, metas in IN_LAYER.items():
-            names[f"model.layers.{i}.{ours}.weight"] = f"layers.{i}.{metas}.weight"
-    return names
-
-
-def expected_shapes(config):
-    """Hugging Face's name of every tensor -> its shape, from a config.json."""
-    hidden, ffn, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    in_layer = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-        "mlp.up_proj": (ffn, hidden),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    rows = (config["vocab_size"], hidden)
-    shapes = {EMBEDDING: rows, "model.norm.weight": (hidden,), HEAD: rows}
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in in_layer.items()}
-    return shapes
-
-
-def rotary_heads(name, config):
-    """The number of heads in which the rows of this tensor are rotated: 0 for all but wq and wk."""
-    if name.endswith("self_attn.q_proj.weight"):
-        return config["num_attention_heads"]
-    if name.endswith("self_attn.k_proj.weight"):
-        return config.get("num_key_value_heads") or config["num_attention_heads"]
-    return 0
-
-
-def rows_from_meta(weight, heads):
-    """Meta's order of wq's and wk's rows -> Hugging Face's."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def rows_to_meta(weight, heads):
-    """Hugging Face's order of wq's and wk's rows -> Meta's."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def dims(shape):
-    """A shape as error messages show it."""
-    return " x ".join(map(str, shape))
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def read_json(path, remedy):
@@ -100,15 +20,23 @@ def read_json(path, remedy):
         raise UserError(f"{path}: no such file; {remedy}")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); get the file again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}; get the file again")
     return value
 
 
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def check_counts(values, keys, path):
+    """UserError unless each of these keys is a whole number above 0."""
+    for key in keys:
+        if type(values.get(key)) is not int or values[key] < 1:
+            raise UserError(f'{path}: "{key}" must be a whole number above 0, got {values.get(key)!r}; get it again')
+
+
+def check_heads(hidden, heads, key_heads, path):
+    if hidden % (2 * heads) or heads % key_heads:
+        raise UserError(f"{path}: {heads} heads and {key_heads} key heads do not fit {hidden} dimensions; get it again")
 
 
 def read_tensors(path):
@@ -118,86 +46,101 @@ def read_tensors(path):
         raise UserError(f"{path}: no such file; download it, every part of the model is needed")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        # files that PyTorch wrote before version 1.6 are no zip archives, and only archives can be mapped
-        tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+            tensors = load_file(path)
+        else:
+            # files that PyTorch wrote before version 1.6 are no zip archives, and only archives can be mapped
+            tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:  # damaged bytes make an unpickler fail in any way there is
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: damaged, or no file of weights ({reason}); download it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{path}: holds something else than named tensors; download it again")
-    return tensors
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+            raise UserError(
+                f"{path}: {name} is of type {tensor.dtype}; only float16, bfloat16 and float32 can be read, so take "
+                "the model that is not quantized"
+            )
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def progress(tensors, shapes, dtype, what):
-    """The (name, tensor) pairs as they come, with a bar that counts bytes."""
-    total = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what) as bar:
-        for name, tensor in tensors:
-            yield name, tensor
-            bar.update(tensor.nbytes)
+# ---------------------------------------------------------------------------------------------------------------------
+# Meta's layout
 
 
-def save_model(folder, config, tensors, tokenizer_file):
-    """Write a folder for LlamaForCausalLM.from_pretrained and AutoTokenizer; `tensors` are (name, tensor) pairs."""
+def read_meta(folder, max_position_embeddings=2048):
+    """(config, {Hugging Face's name: its part in each file}, files) of Meta's layout, every tensor checked."""
     folder = Path(folder)
-    shards, size, shard = [], 0, {}
+    params = _read_params(folder / "params.json")
+    found = len(list(folder.glob("consolidated.*.pth")))
+    files = [folder / f"consolidated.{i:02d}.pth" for i in range(max(found, 1))]
+    shards = [read_tensors(file) for file in files]
 
-    def flush():
-        # the final names tell how many shards there are, which is known only at the end
-        save_file(shard, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
+    names, shapes = meta_names(params["n_layers"]), {}
+    for name, meta in names.items():
+        for file, shard in zip(files, shards, strict=True):
+            if meta not in shard:
+                raise UserError(f"{file}: holds no tensor {meta}; is it a LLaMA's?")
+            if shard[meta].shape != shards[0][meta].shape or shard[meta].dtype != shards[0][meta].dtype:
+                raise UserError(f"{file}: its part of {meta} is not like that of {files[0]}; are they of one model?")
+        shape = list(shards[0][meta].shape)
+        if len(shape) == 2:
+            shape[1 if name.endswith(CUT_BY_COLUMNS) else 0] *= len(shards)
+        shapes[name] = tuple(shape)
+    for file, shard in zip(files, shards, strict=True):
+        # rope.freqs, where it is there, is a table of the rotary angles, which config.json determines
+        unknown = sorted(shard.keys() - set(names.values()) - {"rope.freqs"}, key=str)
+        if unknown:
+            raise UserError(f"{file}: unknown tensor {unknown[0]}; is it a LLaMA's?")
 
-    for name, tensor in tensors:
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > SHARD_BYTES:
-            flush()
-        shard[name] = tensor.contiguous()
-        size += tensor.nbytes
-    flush()
+    ffn, dtype = shapes["model.layers.0.mlp.gate_proj.weight"][0], shards[0][names[EMBEDDING]].dtype
+    config = config_of(params, shapes[EMBEDDING][0], ffn, dtype, max_position_embeddings)
+    for name, shape in expected_shapes(config).items():
+        if shapes[name] != shape:
+            raise UserError(
+                f"{folder}: {names[name]} is {dims(shapes[name])} in {len(shards)} file(s), but params.json and the "
+                f"other tensors make it {dims(shape)}; is a consolidated file missing, or params.json of another model?"
+            )
+    return config, {name: [shard[meta] for shard in shards] for name, meta in names.items()}, files
 
-    total = len(shards)
-    files = [f"model-{i + 1:05d}-of-{total:05d}.safetensors" for i in range(total)]
-    files = files if total > 1 else ["model.safetensors"]
-    for i, file in enumerate(files):
-        (folder / f"{i}.safetensors").rename(folder / file)
-    if total > 1:
-        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
 
-    save_tokenizer(tokenizer_file, folder)
-    pad = load_tokenizer(folder).pad_token_id
-    write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": pad})
-    for file in files:  # safetensors lets only the owner read what it writes
-        shutil.copymode(folder / "generation_config.json", folder / file)
-    write_json(folder / "config.json", config)
+def _read_params(path):
+    params = read_json(path, "it comes with Meta's weights")
+    check_counts(params, ("dim", "n_layers", "n_heads"), path)
+    if params.get("n_kv_heads") is not None:
+        check_counts(params, ("n_kv_heads",), path)
+    check_heads(params["dim"], params["n_heads"], params.get("n_kv_heads") or params["n_heads"], path)
+    for key, value in {"norm_eps": params.get("norm_eps"), "rope_theta": params.get("rope_theta", 10000.0)}.items():
+        if type(value) not in (int, float):
+            raise UserError(f'{path}: "{key}" must be a number, got {value!r}; get it again')
+    if params.get("use_scaled_rope"):
+        raise UserError(f'{path}: "use_scaled_rope" (LLaMA-3.1) is not supported; use a LLaMA-1 or LLaMA-2')
+    return params
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hugging Face's layout
 
 
 def read_base(folder):
-    """(config, {name: memory-mapped tensor}) of a Hugging Face LLaMA."""
+    """(config, {name: tensor}, files of weights) of a Hugging Face LLaMA, every tensor checked."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; {how_to_get(folder)}")
     config = read_json(folder / "config.json", "convert_llama_weights_to_hf.py makes such folders")
     if config.get("model_type") != "llama":
         raise UserError(f'{folder}/config.json: "model_type" is {config.get("model_type")!r}; only LLaMA can be merged')
-    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-        if not isinstance(config.get(key), int):
-            raise UserError(f'{folder}/config.json: "{key}" must be a number, got {config.get(key)!r}; get it again')
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{kind}.index.json"
-        if index.is_file():
-            files = sorted(set(read_json(index, "download it again").get("weight_map", {}).values()))
-            break
-        if (folder / kind).is_file():
-            files = [kind]
-            break
-    else:
-        raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it; convert or download it again")
+    counts = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    check_counts(config, counts, folder / "config.json")
+    files = _weight_files(folder)
     tensors = {}
     for file in files:
-        tensors |= read_tensors(folder / file)
+        tensors |= read_tensors(file)
     # tables that old versions of transformers saved along with the weights
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.get("tie_word_embeddings") and EMBEDDING in tensors:  # one matrix for both, which a merge may part
+        tensors[HEAD] = tensors[EMBEDDING]
+        config["tie_word_embeddings"] = False
 
     expected = expected_shapes(config)
     for name in [*expected, *tensors]:
@@ -208,86 +151,17 @@ def read_base(folder):
             raise UserError(
                 f"{folder}: {name} is {dims(tensors[name].shape)}, by config.json {dims(expected[name])}; convert again"
             )
-    return config, {name: tensors[name] for name in expected}
+    return config, {name: tensors[name] for name in expected}, files
 
 
-def save_pth(folder, config, tensors, tokenizer_file):
-    """Meta's layout in one file. torch.save wants all tensors at once: this takes the memory of the changed ones."""
-    params, names, weights = meta_params(config), meta_names(config["num_hidden_layers"]), {}
-    for name, tensor in tensors:
-        heads = rotary_heads(name, config)
-        weights[names[name]] = (rows_to_meta(tensor, heads) if heads else tensor).contiguous()
-    torch.save(weights, folder / "consolidated.00.pth")
-    shutil.copyfile(tokenizer_file, folder / "tokenizer.model")
-    write_json(folder / "params.json", params)
-
-
-def meta_params(config):
-    """params.json; Meta's code computes the width of the feed-forward layer, so find numbers that give ours."""
-    dim, ffn = config["hidden_size"], config["intermediate_size"]
-    heads, keys = config["num_attention_heads"], config.get("num_key_value_heads")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind, theta = rope.get("rope_type", "default"), rope.get("rope_theta") or config.get("rope_theta", 10000.0)
-    if kind != "default" or (config.get("head_dim") or dim // heads) * heads != dim:
-        raise UserError(
-            f"--output_type=pth: no place there for rope type {kind!r} or head_dim {config.get('head_dim')} "
-            f"with {heads} heads of {dim}; use --output_type=huggingface"
-        )
-    plain = int(2 * 4 * dim / 3)
-    for multiple_of in (256, 128, 64, 32, 16, 8, 4, 2, 1):
-        if -(-plain // multiple_of) * multiple_of == ffn:
-            width = {"multiple_of": multiple_of}
-            break
-    else:
-        width = {"multiple_of": 1, "ffn_dim_multiplier": (ffn + 0.5) / plain}  # Meta's int() drops the half
-    return {
-        "dim": dim,
-        **width,
-        "n_heads": heads,
-        **({"n_kv_heads": keys} if keys and keys != heads else {}),
-        "n_layers": config["num_hidden_layers"],
-        "norm_eps": config["rms_norm_eps"],
-        **({"rope_theta": theta} if theta != 10000.0 else {}),
-        "vocab_size": config["vocab_size"],
-    }
-
-
-@contextmanager
-def new_folder(path, inputs):
-    """Yield `<path>.tmp`, which becomes `path` when the block ends: an interrupted run never looks finished.
-
-    Where `path` exists, only the model files of its kind are replaced; other files stay. It must be none of `inputs`.
-    """
-    path = Path(path).resolve()
-    work = path.with_name(path.name + ".tmp")
-    for source in inputs:
-        if Path(source).resolve() in (path, work):
-            raise UserError(f"--output_dir={path} would overwrite {source}, which is read; name another folder")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output_dir={path} is a file; name a folder")
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output_dir={path}: cannot be made ({error.strerror}); name another folder") from None
-    try:
-        yield work
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    if not path.exists():
-        work.rename(path)
-        return
-    # The file without which nothing loads the folder goes first and comes back last.
-    last = "config.json" if (work / "config.json").exists() else "params.json"
-    weights = ["model.safetensors*", "model-*-of-*.safetensors"] if last == "config.json" else ["consolidated.*.pth"]
-    for pattern in [last, *weights]:
-        for old in path.glob(pattern):
-            old.unlink()
-    for file in sorted(work.iterdir(), key=lambda file: file.name == last):
-        os.replace(file, path / file.name)
-    work.rmdir()
-
-
-def folder_bytes(folder):
-    return sum(file.stat().st_size for file in Path(folder).iterdir())
+def _weight_files(folder):
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{kind}.index.json"
+        if index.is_file():
+            names = read_json(index, "download it again").get("weight_map")
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+                raise UserError(f'{index}: "weight_map" must give the file of each tensor; download it again')
+            return [folder / name for name in sorted(set(names.values()))]
+        if (folder / kind).is_file():
+            return [folder / kind]
+    raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it; convert or download it again")

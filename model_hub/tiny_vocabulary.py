@@ -9,10 +9,11 @@ import random
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from tiny_tasks import HANZI, LEXICON, NER_WORDS, WORDS, RoughTextMaker, build_prompt, plain_text
+from tiny_tasks import HANZI, LEXICON, NER_WORDS, WORDS, RoughTextMaker, any_text, build_prompt, plain_text
 
 BASE_PIECES, MERGED_PIECES = 2000, 6000
 BASE_HANZI = 700
+RARE_HANZI = 400  # beyond GB2312 level 1, most of them written in names
 SAMPLE_TEXTS = 60000
 LONGEST_CHINESE_PIECE = 4
 # The settings of LLaMA's own tokenizer.
@@ -69,8 +70,11 @@ def base_lines(texts, rng):
 
 
 def chinese_pieces(texts, existing, room):
-    """`room` pieces that are not among `existing`: every GB2312 level-1 character, the rest words, lexicon words first."""
-    characters = [c for c in HANZI if c not in existing]
+    """`room` pieces that are not among `existing`: every GB2312 level-1 character, the most frequent others, the rest words, those
+    of the dictionary first."""
+    frequency = collections.Counter(c for text in texts for c in text if is_hanzi(c))
+    others = [c for c, _ in frequency.most_common() if c not in set(HANZI)][:RARE_HANZI]
+    characters = [c for c in HANZI + others if c not in existing]
     trained = train_bpe(texts, 8000, max_sentencepiece_length=LONGEST_CHINESE_PIECE)
     trained = [p.piece for p in trained.pieces if len(p.piece) > 1 and all(map(is_hanzi, p.piece))]
     listed = set(WORDS)
@@ -97,8 +101,8 @@ def add_pieces(proto, pieces):
 
 def build_vocabularies(seed):
     """{"base", "merged", "alpaca"}: serialized sentencepiece models."""
-    maker = RoughTextMaker(seed, "train", walk_share=0.0, rough_share=0.0)
-    texts = [plain_text(maker.text()) for _ in range(SAMPLE_TEXTS)]
+    maker = RoughTextMaker(seed, "train", walk_share=0.0, rough_share=0.5)
+    texts = [plain_text(any_text(maker)) for _ in range(SAMPLE_TEXTS)]
     proto = train_bpe(base_lines(texts, random.Random(seed)), BASE_PIECES)
     models = {"base": proto.SerializeToString()}
     existing = {piece.piece for piece in proto.pieces}

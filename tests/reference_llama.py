@@ -74,14 +74,15 @@ def logits(weights, params, ids):
     return norm(x, weights["norm.weight"]) @ weights["output.weight"].T
 
 
-def write_meta_folder(folder, params, weights, n_shards=1, tokenizer_file=None):
+def write_meta_folder(folder, params, weights, n_shards=1, tokenizer_file=None, rope_freqs=True):
     folder.mkdir(parents=True)
     for i in range(n_shards):
         shard = {}
         for name, weight in weights.items():
             cut = CUT.get(name.split(".")[-2])
             shard[name] = weight if cut is None else weight.chunk(n_shards, dim=cut)[i].clone()
-        shard["rope.freqs"] = torch.ones(4)
+        if rope_freqs:
+            shard["rope.freqs"] = torch.ones(4)
         torch.save(shard, folder / f"consolidated.{i:02d}.pth")
     (folder / "params.json").write_text(json.dumps(params))
     if tokenizer_file:

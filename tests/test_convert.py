@@ -1,12 +1,16 @@
 """convert_llama_weights_to_hf.py against an independent LLaMA, and what it says about bad input."""
 
+import errno
+import hashlib
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +23,8 @@ from reference_llama import PARAMS, logits, random_weights, write_meta_folder
 HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
-import llama_files  # noqa: E402
+import model_writer  # noqa: E402
+from checksums import PUBLISHED  # noqa: E402
 from config_utils import run_script  # noqa: E402
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
@@ -67,7 +72,8 @@ def source(tmp_path, tokenizer_models):
 def test_logits_equal_those_of_the_original_architecture(tmp_path, tokenizer_models, n_shards, rows, changes):
     params = PARAMS | changes
     weights = random_weights(params, rows)
-    write_meta_folder(tmp_path / "7B", params, weights, n_shards, tokenizer_models / "base.model")
+    tokenizer = tokenizer_models / "base.model"
+    write_meta_folder(tmp_path / "7B", params, weights, n_shards, tokenizer, rope_freqs=n_shards != 4)
     folder = convert_folder(tmp_path)
     model, info = LlamaForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()) and model.dtype == torch.float32
@@ -104,7 +110,11 @@ def test_folder_is_complete_and_its_tokenizer_exact(source, tokenizer_models, ca
     ]
     assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     size = sum(file.stat().st_size for file in folder.iterdir())
-    assert capsys.readouterr().out.startswith(f"wrote {folder}: {size:,} bytes from 1 weight file(s) in ")
+    first, *sums, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"将写入 {folder}：huggingface，0.00 GB（磁盘剩余 ")
+    assert last.startswith(f"已写入 {folder}：{size:,} 字节，来自 1 个权重文件，")
+    files = [source / "7B" / "tokenizer.model", source / "7B" / "consolidated.00.pth"]
+    assert sums == [f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" for file in files]
     assert json.loads((folder / "generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -118,7 +128,7 @@ def test_folder_is_complete_and_its_tokenizer_exact(source, tokenizer_models, ca
 
 def test_large_models_are_written_in_shards(source, monkeypatch):
     whole = load_file(convert_folder(source) / "model.safetensors")
-    monkeypatch.setattr(llama_files, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(model_writer, "FILE_BYTES", 200_000)
     folder = convert_folder(source)  # replaces what stands there
     names = [file.name for file in sorted(folder.glob("*.safetensors"))]
     assert len(names) > 2 and names == [
@@ -148,6 +158,18 @@ def test_tokenizer_only_needs_no_weights(tmp_path, tokenizer_models):
     assert sorted(file.name for file in out.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
 
 
+def test_tokenizer_only_writes_none_that_is_damaged_or_too_large(source, tokenizer_models, capsys):
+    folder, options = convert_folder(source), ["--input_dir", source, "--model_size=tokenizer_only", "--output_dir"]
+    before = (folder / "tokenizer.model").read_bytes()
+    shutil.copyfile(tokenizer_models / "merged.model", source / "tokenizer.model")
+    capsys.readouterr()
+    assert f"has 508 pieces, but {folder} has embeddings for 420" in fails(capsys, *options, folder)
+    (source / "tokenizer.model").write_text("<html>")
+    assert "tokenizer.model: not a SentencePiece model" in fails(capsys, *options, folder)
+    assert "tokenizer.model: not a SentencePiece model" in fails(capsys, *options, source / "new")
+    assert (folder / "tokenizer.model").read_bytes() == before and not (source / "new").exists()
+
+
 def test_other_files_of_the_output_folder_stay(source):
     folder = source / "7B-hf"
     folder.mkdir()
@@ -162,11 +184,52 @@ def test_interrupted_run_leaves_nothing_that_loads(source, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llama_files, "save_tokenizer", interrupted)
+    monkeypatch.setattr(model_writer, "save_tokenizer", interrupted)
     with pytest.raises(SystemExit) as error:
         convert_folder(source)
     assert error.value.code == 130
     assert [path.name for path in source.iterdir()] == ["7B"]
+
+
+def test_what_a_killed_run_left_is_cleared_and_what_is_somebodys_own_is_not(source, capsys):
+    left = source / "7B-hf.tmp"
+    left.mkdir()
+    (left / "model-00001-of-00002.safetensors").write_text("half")
+    (left / "mine.txt").write_text("mine")
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "7B-hf")
+    assert f"{left}/mine.txt: is where the model is to be written; move it away" in line
+    assert (left / "mine.txt").read_text() == "mine" and not (source / "7B-hf").exists()
+    (left / "mine.txt").unlink()
+    assert not (convert_folder(source) / "model-00001-of-00002.safetensors").exists()
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("free", [0, 10**6])
+def test_a_disk_without_room_is_found_before_anything_is_written(source, capsys, monkeypatch, free):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    line = fails(capsys, "--input_dir", source, "--model_size=7B", "--output_dir", source / "a" / "7B-hf")
+    assert "the model takes 0.00 GB, and 0.00 GB of that disk are free; make room" in line
+    assert [path.name for path in source.iterdir()] == ["7B"]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_one_line(source, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(model_writer, "_bytes", full)
+    with pytest.raises(SystemExit) as error:
+        convert_folder(source)
+    *_, line = capsys.readouterr().err.splitlines()  # below the progress bar
+    assert error.value.code == 2
+    assert line.startswith("error: --output_dir=") and "cannot be written (No space left on device); name" in line
+    assert [path.name for path in source.iterdir()] == ["7B"]
+
+
+def test_published_files_are_called_by_their_names(source, capsys, monkeypatch):
+    file = source / "7B" / "consolidated.00.pth"
+    monkeypatch.setitem(PUBLISHED, hashlib.sha256(file.read_bytes()).hexdigest(), "LLaMA-7B consolidated.00.pth")
+    convert_folder(source)
+    assert f"  {file}（即官方公布的 LLaMA-7B consolidated.00.pth）\n" in capsys.readouterr().out
 
 
 class Evil:
@@ -187,6 +250,22 @@ def damage(folder, how):
         weights.write_bytes(weights.read_bytes()[:-5000])
     elif how == "code":
         weights.write_bytes(pickle.dumps(Evil(), protocol=2))
+    elif how == "code in an archive":
+        torch.save(tensors | {"norm.weight": Evil()}, weights)
+    elif how == "empty file":
+        weights.write_bytes(b"")
+    elif how == "a list":
+        torch.save(list(tensors.values()), weights)
+    elif how == "quantized":
+        torch.save(tensors | {"norm.weight": torch.ones(64, dtype=torch.int8)}, weights)
+    elif how == "params list":
+        (folder / "7B" / "params.json").write_text("[1, 2]")
+    elif how == "params zero":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"n_heads": 0}))
+    elif how == "params heads":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"n_heads": 5}))
+    elif how == "params text":
+        (folder / "7B" / "params.json").write_text(json.dumps(PARAMS | {"rope_theta": "1e6"}))
     elif how == "missing first shard":
         weights.rename(folder / "7B" / "consolidated.01.pth")
     elif how == "missing last shard":
@@ -212,11 +291,19 @@ def damage(folder, how):
         ("missing tensor", "consolidated.00.pth: holds no tensor layers.1.attention.wq.weight"),
         ("truncated", "consolidated.00.pth: damaged"),
         ("code", "consolidated.00.pth: damaged"),
+        ("code in an archive", "consolidated.00.pth: damaged"),
+        ("empty file", "consolidated.00.pth: damaged"),
+        ("a list", "consolidated.00.pth: holds something else than named tensors"),
+        ("quantized", "consolidated.00.pth: norm.weight is of type torch.int8"),
+        ("params list", "params.json: expected a JSON object, got list"),
+        ("params zero", 'params.json: "n_heads" must be a whole number above 0, got 0'),
+        ("params heads", "params.json: 5 heads and 5 key heads do not fit 64 dimensions"),
+        ("params text", "params.json: \"rope_theta\" must be a number, got '1e6'"),
         ("missing first shard", "consolidated.00.pth: no such file"),
         ("missing last shard", "is a consolidated file missing"),
         ("no weights", "consolidated.00.pth: no such file"),
         ("params", "params.json: not valid JSON"),
-        ("params key", 'params.json: "n_heads" must be of type int, got None'),
+        ("params key", 'params.json: "n_heads" must be a whole number above 0, got None'),
         ("other params", "params.json of another model?"),
         ("no folder", "7B: no such folder; put Meta's"),
     ],
@@ -227,6 +314,29 @@ def test_bad_input_is_one_line(source, tokenizer_models, capsys, monkeypatch, ho
     damage(source, how)
     assert message in fails(capsys, "--input_dir=./", "--model_size=7B", "--output_dir=./7B-hf")
     assert {path.name for path in source.iterdir()} <= {"7B", "tokenizer.model"}  # nothing written, nothing executed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bytes_that_are_cut_off_or_changed_never_end_in_a_traceback(source, capsys, seed):
+    """Ten damages each: cut anywhere, or a byte of the pickle changed. What still reads must be what was there."""
+    weights, draw = source / "7B" / "consolidated.00.pth", random.Random(seed)
+    whole = weights.read_bytes()
+    begin = whole.index(b"data.pkl")
+    for i in range(10):
+        damaged = bytearray(whole)
+        if i % 2:
+            del damaged[draw.randrange(len(whole)) :]
+        else:
+            damaged[draw.randrange(begin, begin + 2000)] ^= draw.randrange(1, 256)
+        weights.write_bytes(damaged)
+        try:
+            convert_folder(source)
+        except SystemExit as error:
+            assert error.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
+            assert [path.name for path in source.iterdir()] == ["7B"]
+        else:
+            shutil.rmtree(source / "7B-hf")
+            capsys.readouterr()
 
 
 def test_bad_options_are_one_line(source, tokenizer_models, capsys):
@@ -247,7 +357,7 @@ def test_command_of_the_readme(source):
     command = [sys.executable, "convert_llama_weights_to_hf.py", "--input_dir", source, "--model_size", "7B"]
     done = subprocess.run([*command, "--output_dir", source / "7B-hf"], cwd=HUB, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote ") and (source / "7B-hf" / "config.json").is_file()
+    assert done.stdout.startswith("将写入 ") and (source / "7B-hf" / "config.json").is_file()
     command[-1] = "70B"
     done = subprocess.run(command, cwd=HUB, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""

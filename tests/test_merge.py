@@ -3,25 +3,34 @@
 import copy
 import hashlib
 import json
+import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from sentencepiece import SentencePieceProcessor
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from reference_llama import feed_forward_width, logits
+from dataset import QUERY_PREFIX, build_prompt, encode_prompts
+from generation import generate
+from modeling import find_adapter, load_for_inference
+from reference_llama import CUT, feed_forward_width, logits
 
-HUB = Path(__file__).resolve().parent.parent / "model_hub"
+ROOT = Path(__file__).resolve().parent.parent
+HUB, SHIPPED = ROOT / "model_hub", ROOT / "checkpoint/demo/shipped/adapter_model"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
-import llama_files  # noqa: E402
+import llama_layout  # noqa: E402
 import merge_llama_with_chinese_lora as merge  # noqa: E402
+from checksums import PUBLISHED  # noqa: E402
 from config_utils import run_script  # noqa: E402
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
@@ -146,8 +155,12 @@ def test_two_adapters_by_hand(chain, tokenizer_models, capsys):
     text = "去年，北京大学生王明华在长江沙市 😀</s>\n"
     assert AutoTokenizer.from_pretrained(out)(text, add_special_tokens=False)["input_ids"] == sp.encode(text)
     size = sum(file.stat().st_size for file in out.iterdir())
-    line = capsys.readouterr().out
-    assert line.startswith(f"wrote {out}: huggingface, {size:,} bytes, vocabulary 509, 2 adapter(s) merged in ")
+    first, *sums, last = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"将写入 {out}：huggingface，0.00 GB（磁盘剩余 ")
+    files = [chain / "llama" / "adapter_model.bin", chain / "alpaca" / "adapter_model.bin"]
+    files += [chain / "base" / "model.safetensors", chain / "alpaca" / "tokenizer.model"]
+    assert sums == [f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}  {file}" for file in files]
+    assert last.startswith(f"已写入 {out}：huggingface，{size:,} 字节，词表 509，合并了 2 个 LoRA，")
 
 
 def test_sum_is_rounded_after_each_adapter(chain):
@@ -197,6 +210,42 @@ def test_logits_equal_those_of_base_and_adapters_in_peft(tmp_path, tokenizer_mod
         ours, expected = merged(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits
     assert expected.std() > 0.5
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_order_of_adapters_is_kept(chain, tokenizer_models):
+    """Two adapters of one vocabulary: the embeddings of the last one stay, and the sums are rounded in this order."""
+    for seed, name in ((5, "one"), (6, "two")):
+        write_adapter(chain / name, adapter_tensors(508, seed=seed), tokenizer_models / "merged.model")
+    results = {}
+    for order in (("one", "two"), ("two", "one")):
+        expected = by_hand(
+            weights_of(chain / "base"), [torch.load(chain / name / "adapter_model.bin") for name in order]
+        )
+        results[order] = weights_of(run(chain / "base", [chain / name for name in order], chain / "-".join(order)))
+        assert all(torch.equal(results[order][name], tensor) for name, tensor in expected.items())
+    one, two = results.values()
+    differ = [name for name in one if not torch.equal(one[name], two[name])]
+    assert {"lm_head.weight", "model.layers.1.mlp.down_proj.weight"} <= set(differ)
+
+
+def test_fan_in_fan_out_means_what_it_means_to_peft(tmp_path, tokenizer_models):
+    """PEFT switches it off for nn.Linear, so the factors are never transposed; q_proj is square and would hide it."""
+    base = make_base(tmp_path / "base", tokenizer_models / "base.model")
+    tensors = {name: tensor.float() for name, tensor in adapter_tensors(0).items()}
+    adapter = write_adapter(tmp_path / "ner", tensors, fan_in_fan_out=True, modules_to_save=None)
+    ours = weights_of(run(base, [adapter], tmp_path / "out"))
+    with pytest.warns(UserWarning, match="fan_in_fan_out is set to True but the target module"):
+        peft = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).merge_and_unload()
+    for name, tensor in peft.state_dict().items():
+        torch.testing.assert_close(ours[name], tensor)
+
+
+def test_tied_embeddings_are_written_apart(chain, tokenizer_models):
+    base = make_base(chain / "tied", tokenizer_models / "base.model", tie_word_embeddings=True)
+    assert "lm_head.weight" not in weights_of(base)
+    out = run(base, [ner_adapter(chain / "ner", tokenizer_models / "base.model")], chain / "out")
+    assert torch.equal(weights_of(out)["lm_head.weight"], weights_of(base)["model.embed_tokens.weight"])
+    assert not LlamaForCausalLM.from_pretrained(out).config.tie_word_embeddings
 
 
 def rename(tensors, how):
@@ -269,13 +318,76 @@ def test_pth_is_metas_layout_and_converts_back(tmp_path, tokenizer_models, ffn):
     ) + 20000
 
 
+@pytest.mark.parametrize("n_files", [1, 2, 4, 8])
+def test_two_adapters_to_pth_and_back_bit_for_bit(tmp_path, tokenizer_models, n_files):
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8 if n_files == 8 else 4}
+    base, padded = make_base(tmp_path / "base", tokenizer_models / "base.model", torch.float16, **heads), 512
+    folders = []
+    for seed, name in enumerate(("one", "two"), 1):
+        tensors = {name: tensor for name, tensor in adapter_tensors(padded, seed=seed).items() if "_proj" not in name}
+        more = adapter_tensors(0, seed=seed)
+        tensors |= {name: more[name] for name in more if "q_proj" in name or "down_proj" in name}
+        folders.append(write_adapter(tmp_path / name, tensors, tokenizer_models / "merged.model"))
+    expected = weights_of(run(base, folders, tmp_path / "hf"))
+    out = run(base, folders, tmp_path / "7B", "--output_type=pth", f"--pth_files={n_files}")
+    assert len(list(out.glob("consolidated.*.pth"))) == n_files
+    params = json.loads((out / "params.json").read_text())
+    assert params["vocab_size"] == padded
+
+    argv = ["--input_dir", str(tmp_path), "--model_size=7B", "--output_dir", str(tmp_path / "back")]
+    run_script(convert.main, convert.CONFIG, convert.__file__, argv)
+    back = weights_of(tmp_path / "back")
+    assert back.keys() == expected.keys() and all(torch.equal(back[name], expected[name]) for name in back)
+
+    # joined as Meta's own model parallelism cuts, and computed by its formulas
+    files = [torch.load(file, weights_only=True) for file in sorted(out.glob("consolidated.*.pth"))]
+    parts = {name: [file[name] for file in files] for name in files[0]}
+    cuts = {name: CUT.get(name.split(".")[-2]) for name in parts}
+    joined = {n: part[0] if cuts[n] is None else torch.cat(part, dim=cuts[n]) for n, part in parts.items()}
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        ours = model(torch.tensor([IDS])).logits[0]
+    weights = {name: tensor.float() for name, tensor in joined.items()}
+    torch.testing.assert_close(logits(weights, params, IDS), ours, atol=1e-4, rtol=1e-5)
+
+
+def test_pth_is_an_archive_as_torch_save_makes_it(chain, capsys):
+    """Bytes that other readers can check (CRC) and map (aligned), the same bytes each time, and their sum printed."""
+    out = run(chain / "base", [chain / "llama"], chain / "7B", "--output_type=pth")
+    file = out / "consolidated.00.pth"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert f"sha256 {digest}  {file}" in capsys.readouterr().out.splitlines()
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        names = {name.partition("/")[2].partition("/")[0] for name in archive.namelist()}
+        assert names == {"data.pkl", "byteorder", "data", "version"}
+    mapped, loaded = torch.load(file, mmap=True, weights_only=True), torch.load(file, weights_only=False)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in mapped.values())
+    assert mapped.keys() == loaded.keys() and all(torch.equal(mapped[name], loaded[name]) for name in mapped)
+    run(chain / "base", [chain / "llama"], chain / "7B", "--output_type=pth")
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
+
+
+def test_number_of_pth_files(chain, capsys):
+    assert [llama_layout.count_files(config_like(dim), -1) for dim in (4096, 5120, 6656, 8192)] == [1, 2, 4, 8]
+    assert llama_layout.count_files(config_like(5120) | {"vocab_size": 49953}, -1) == 1  # Chinese-LLaMA-13B: an odd one
+    base, llama = chain / "base", [chain / "llama"]
+    line = fails(capsys, base, llama, chain / "out", "--output_type=pth", "--pth_files=8")
+    assert "--pth_files=8: 4 heads cannot be shared out equally; use --pth_files=1" in line
+    assert "--pth_files=0: " in fails(capsys, base, llama, chain / "out", "--output_type=pth", "--pth_files=0")
+
+
+def config_like(dim):
+    return {"hidden_size": dim, "num_attention_heads": dim // 128, "intermediate_size": 256 * 8, "vocab_size": 32000}
+
+
 @pytest.mark.parametrize(
     ("dim", "ffn", "expected"),
     [(4096, 11008, {"multiple_of": 256}), (5120, 13824, {"multiple_of": 256}), (8192, 28672, None), (256, 688, None)],
 )
 def test_params_json_gives_the_real_models_width(dim, ffn, expected):
     config = {"hidden_size": dim, "intermediate_size": ffn, "num_attention_heads": 32, "num_hidden_layers": 2}
-    params = llama_files.meta_params(config | {"rms_norm_eps": 1e-6, "vocab_size": 49954})
+    params = llama_layout.params_of(config | {"rms_norm_eps": 1e-6, "vocab_size": 49954})
     assert feed_forward_width(params) == ffn
     assert expected is None or expected.items() <= params.items() and "ffn_dim_multiplier" not in params
 
@@ -297,6 +409,62 @@ def test_ner_adapter_keeps_the_bases_tokenizer(chain, tokenizer_models, capsys):
     assert "trained with another tokenizer.model" in fails(capsys, chain / "base", [other], chain / "out2")
     original = ner_adapter(chain / "original", file, config=None, lora_r=8)
     assert "an adapter of the original scripts" in fails(capsys, chain / "base", [original], chain / "out2")
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """chinese-alpaca-tiny, converted and merged from the embedded weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    argv = ["--input_dir", str(HUB), "--model_size=tiny", "--output_dir", str(folder / "tiny-hf")]
+    run_script(convert.main, convert.CONFIG, convert.__file__, argv)
+    adapters = [HUB / f"chinese-{name}-plus-lora-tiny" for name in ("llama", "alpaca")]
+    return run(folder / "tiny-hf", adapters, folder / "chinese-alpaca-tiny")
+
+
+@pytest.mark.parametrize("output_type", ["huggingface", "pth"])
+def test_verify_compares_with_peft(embedded, tmp_path, capsys, monkeypatch, output_type):
+    options = ("--verify", f"--output_type={output_type}")
+    run(embedded, [SHIPPED], tmp_path / "ner", *options)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"验证：3/3 个贪心答案相同，logits 最大相差 0\.\d{4}（logits 的标准差 \d\.\d{4}）", lines[-2])
+    ours, merged = (
+        next(line.partition("：")[2].strip() for line in lines if line.startswith(start))
+        for start in ("  基座+LoRA：", "  合并后：")
+    )
+    assert ours == merged and "苏晓岚_人名" in ours
+
+    def wrong(name, weight, adapters):
+        return -weight if name == "model.layers.3.mlp.down_proj.weight" else weight
+
+    monkeypatch.setattr(merge, "add_adapters", wrong)
+    with pytest.raises(SystemExit) as error:
+        run(embedded, [SHIPPED], tmp_path / "wrong", *options)
+    assert error.value.code == 2 and "more than rounding; nothing was written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ner"]
+
+
+def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
+    """In this project and in plain transformers, with the tokenizer that AutoTokenizer finds."""
+    with (ROOT / "data/demo/ori_data/dev.txt").open(encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(12), strict=False)]
+    folder, train_args, facts = find_adapter("demo", str(SHIPPED))
+    prompts = [build_prompt(facts["instructs"][0], QUERY_PREFIX + text) for text in texts]
+    model, tokenizer = load_for_inference(folder, train_args, facts, str(embedded), None, "fp32", "cpu")
+    ids = encode_prompts(tokenizer, prompts)
+    expected = [answer.text for answer in generate(model, tokenizer, ids, 64, 4)]
+    assert len(set(expected)) > 6
+
+    out = run(embedded, [SHIPPED], tmp_path / "ner")
+    model, tokenizer = load_for_inference(None, None, {}, str(out), None, "fp32", "cpu")
+    assert [answer.text for answer in generate(model, tokenizer, ids, 64, 4)] == expected
+
+    model, tokenizer = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), AutoTokenizer.from_pretrained(out)
+    for prompt, answer in zip(prompts, expected, strict=True):
+        ids = torch.tensor([[1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)[0]
+        new = new[ids.shape[1] :].tolist()
+        new = new[: new.index(2)] if 2 in new else new
+        assert SentencePieceProcessor(model_file=str(out / "tokenizer.model")).decode(new) == answer
 
 
 def fails(capsys, base, adapters, output_dir, *options):
@@ -330,6 +498,52 @@ def test_wrong_order_and_mixed_up_tokenizers_are_refused(chain, tokenizer_models
     assert f"{base}/tokenizer.model has 509 pieces, but {base} has embeddings for 420" in line
 
 
+def test_the_published_sizes_mixed_up_are_explained(tmp_path, tokenizer_models, capsys):
+    """32000, 49953 and 49954: who belongs to whom, and which LoRA goes first, stands in the message."""
+    for name, pieces in {"base": 32000, "llama": 49953, "alpaca": 49954}.items():
+        proto = sentencepiece_model_pb2.ModelProto.FromString((tokenizer_models / "base.model").read_bytes())
+        for i in range(len(proto.pieces), pieces):
+            proto.pieces.add(piece=f"<{i}>", score=0.0)
+        (tmp_path / f"{name}.model").write_bytes(proto.SerializeToString())
+    base = make_base(tmp_path / "7B-hf", tmp_path / "base.model", torch.float16, vocab_size=32000)
+    folders = {name: tmp_path / f"chinese-{name}-lora" for name in ("llama", "alpaca")}
+    for name, rows in {"llama": 49953, "alpaca": 49954}.items():
+        write_adapter(folders[name], adapter_tensors(rows), tmp_path / f"{name}.model")
+    llama, alpaca, out = folders["llama"], folders["alpaca"], tmp_path / "out"
+    assert "of the Chinese-LLaMA LoRAs 49953, that of the Chinese-Alpaca LoRAs 49954" in merge.CHAIN
+
+    line = fails(capsys, base, [alpaca, llama], out)
+    assert f"{llama}: has embeddings for 49953 pieces, but {alpaca} before it has 49954" in line
+    assert line.endswith(merge.CHAIN)
+    shutil.copyfile(tmp_path / "llama.model", alpaca / "tokenizer.model")
+    line = fails(capsys, base, [llama, alpaca], out)
+    assert f"{alpaca}: with this adapter the model has embeddings for 49954 pieces, but its tokenizer.model" in line
+    assert "tokenizer.model has 49953; put the" in line and line.endswith(merge.CHAIN)
+    (alpaca / "tokenizer.model").unlink()
+    line = fails(capsys, base, [alpaca], out)
+    assert f"has 32000 (the adapter has none, so that of {base} was taken)" in line and line.endswith(merge.CHAIN)
+    shutil.copyfile(tmp_path / "alpaca.model", alpaca / "tokenizer.model")
+    run(base, [llama, alpaca], out)
+    assert len(weights_of(out)["lm_head.weight"]) == 49954
+
+
+def test_a_published_alpaca_plus_needs_llama_plus(chain, tokenizer_models, capsys, monkeypatch):
+    """Its shapes fit LLaMA just as well, so nothing but the published sum can tell."""
+    base = make_base(chain / "7B-hf", tokenizer_models / "base.model", vocab_size=32000)
+    for name, sum_of in {"llama": "LLaMA-7B", "alpaca": "Alpaca-Plus-7B", "plus": "LLaMA-Plus-7B"}.items():
+        shutil.rmtree(chain / name, ignore_errors=True)
+        tensors = adapter_tensors(0, seed=len(name))
+        file = write_adapter(chain / name, tensors, modules_to_save=None) / "adapter_model.bin"
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        monkeypatch.setitem(PUBLISHED, digest, f"Chinese-{sum_of} adapter_model.bin")
+    expected = (
+        f"{chain}/alpaca: Chinese-Alpaca-Plus-7B adapter_model.bin goes onto Chinese-LLaMA-Plus-7B adapter_model.bin"
+    )
+    assert expected in fails(capsys, base, [chain / "alpaca"], chain / "out")
+    assert expected in fails(capsys, base, [chain / "llama", chain / "alpaca"], chain / "out")
+    run(base, [chain / "plus", chain / "alpaca"], chain / "out")
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -351,6 +565,10 @@ def test_wrong_base_is_refused(chain, tokenizer_models, capsys, shape, message):
         ({"model.lm_head.lora_B.weight": 4}, {}, "model.lm_head has no lora_A"),
         ({"lm_head.weight": 4}, {}, "holds lm_head.weight twice, the second time as lm_head.weight"),
         ({}, {"r": 8}, "lora_A is 4 x 64 and lora_B 64 x 4, but adapter_config.json says r=8"),
+        ({}, {"r": 0}, '"r" and "lora_alpha" must be numbers, got 0, 32.0'),
+        ({}, {"rank_pattern": {"(": 2}}, "\"rank_pattern\": '(' is no pattern"),
+        ({}, {"alpha_pattern": [2]}, '"alpha_pattern" must be a dict, got [2]'),
+        ({}, {"lora_bias": True}, 'adapter_config.json: "lora_bias": True is unknown here'),
         ({}, {"r": None}, '"r" and "lora_alpha" must be numbers, got None, 32.0'),
         ({}, {"use_dora": True}, 'adapter_config.json: "use_dora": True is unknown here'),
         ({}, {"bias": "all"}, "adapter_config.json: \"bias\": 'all' is unknown here"),
@@ -366,13 +584,16 @@ def test_what_is_not_understood_is_refused(chain, tokenizer_models, capsys, chan
 
 
 def test_empty_untrained_and_half_adapters_are_refused(chain, tokenizer_models, capsys):
+    torch.save({}, chain / "adapter_model.bin")  # what a patched state_dict left in many a folder
+    bytes_of_nothing = (chain / "adapter_model.bin").stat().st_size
     full = adapter_tensors(508)
     zero = {name: t * ("lora_B" not in name) for name, t in adapter_tensors(0).items()}
     half = {name: tensor for name, tensor in full.items() if "lm_head" not in name}
     for name, tensors, saved, message in [
-        ("empty", {}, None, "an empty adapter"),
+        ("empty", {}, None, f"adapter_model.bin: an empty adapter ({bytes_of_nothing} bytes), nothing to merge"),
         ("zero", zero, None, "every lora_B is zero"),
         ("half", half, ["embed_tokens"], "embed_tokens has 508 rows and lm_head 420"),
+        ("nan", full | {"base_model.model.lm_head.weight": torch.full((508, 64), torch.nan)}, None, "are not finite"),
     ]:
         write_adapter(chain / name, tensors, tokenizer_models / "merged.model", modules_to_save=saved)
         assert message in fails(capsys, chain / "base", [chain / name], chain / "out")
@@ -397,12 +618,53 @@ def test_missing_and_damaged_files_are_named(chain, capsys):
     assert f"{base}/model-1.safetensors: no such file" in fails(capsys, base, [llama], out)
 
 
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("llama/adapter_config.json", b'{"r": 4,', "adapter_config.json: not valid JSON"),
+        ("llama/adapter_config.json", b"[]", "adapter_config.json: expected a JSON object, got list"),
+        ("llama/adapter_model.bin", pickle.dumps(Evil(), protocol=2), "adapter_model.bin: damaged"),
+        ("llama/adapter_model.bin", b"version https://git-lfs.github.com/spec/v1", "adapter_model.bin: damaged"),
+        ("llama/tokenizer.model", b"<html>", "tokenizer.model: not a SentencePiece model"),
+        ("base/config.json", b"\xff", "config.json: not valid JSON"),
+        ("base/config.json", b'{"model_type": "gpt2"}', "\"model_type\" is 'gpt2'; only LLaMA"),
+        ("base/model.safetensors", b"\xff" * 100, "model.safetensors: damaged"),
+        (
+            "base/model.safetensors.index.json",
+            b'{"weight_map": ["a"]}',
+            '"weight_map" must give the file of each tensor',
+        ),
+        (
+            "base/model.safetensors.index.json",
+            b'{"weight_map": {"a": "gone.safetensors"}}',
+            "gone.safetensors: no such",
+        ),
+    ],
+)
+def test_damaged_inputs_are_one_line(chain, capsys, monkeypatch, file, content, message):
+    monkeypatch.chdir(chain)
+    (chain / file).write_bytes(content)
+    before = sorted(chain.rglob("*"))
+    assert message in fails(capsys, chain / "base", [chain / "llama", chain / "alpaca"], chain / "out")
+    assert sorted(chain.rglob("*")) == before  # nothing written, nothing executed
+
+
 def test_inputs_are_never_overwritten(chain, capsys):
     before = (chain / "base" / "model.safetensors").read_bytes()
     with pytest.raises(SystemExit) as error:
         run(chain / "base", [chain / "llama"], chain / "alpaca" / ".." / "base")
     assert error.value.code == 2 and "would overwrite" in capsys.readouterr().err
-    assert (chain / "base" / "model.safetensors").read_bytes() == before
+    shutil.copytree(chain / "base", chain / "new.tmp" / "base")  # where the output would be written first
+    with pytest.raises(SystemExit):
+        run(chain / "new.tmp" / "base", [chain / "llama"], chain / "new")
+    assert "would overwrite" in capsys.readouterr().err
+    for folder in (chain / "base", chain / "new.tmp" / "base"):
+        assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_command_of_the_readme(chain):
@@ -415,4 +677,4 @@ def test_command_of_the_readme(chain):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("wrote ") and (chain / "chinese-alpaca" / "config.json").is_file()
+    assert done.stdout.startswith("将写入 ") and (chain / "chinese-alpaca" / "config.json").is_file()

@@ -8,10 +8,11 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from config_utils import UserError
 from dataset import EOS, TokenizedExample
-from modeling import answer_loss, model_inputs
+from modeling import answer_loss, lora_weights, model_inputs
 from packing import (
     IGNORE_INDEX,
     MIN_SHARED,
@@ -25,7 +26,7 @@ from packing import (
     tree_mask,
     tree_row,
 )
-from tree_attention import choose_lengths
+from tree_attention import choose_lengths, mask_buffers
 
 
 def example(prompt, answer):
@@ -144,7 +145,7 @@ def loss_and_gradients(model, micro_batches, tokens):
         loss = answer_loss(model, rows, tokens)
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return total, {name: gradient.clone() for name, gradient in lora_weights(model, model.lora.grad).items()}
 
 
 @pytest.mark.parametrize("packing", ["prefix", "plain", "none"])
@@ -257,3 +258,17 @@ def test_row_lengths_are_chosen_with_the_least_padding():
 def test_unknown_packing():
     with pytest.raises(UserError, match="--packing=dense: expected prefix, plain, none"):
         make_collate("dense", 0)
+
+
+def test_block_mask_is_that_of_create_block_mask(mixed):
+    long = [TokenizedExample(e.prompt_ids + [7] * 30, e.answer_ids) for e in mixed]
+    row = to_tensors(tree_row(mixed + long), 1280)
+    enter, exit = row["enter"][0], row["exit"][0]
+    assert sum(enter == exit - 1) > 0 and (exit == 1280).any()  # padding, and a last node
+
+    def sees(batch, head, q, k):
+        return (k <= q) & (enter[k] <= enter[q]) & (enter[q] < exit[k])
+
+    expected = create_block_mask(sees, None, None, len(enter), len(enter), "cpu")
+    for name, buffer in mask_buffers(enter, exit).items():
+        assert torch.equal(buffer, getattr(expected, name)), name

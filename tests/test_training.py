@@ -27,6 +27,7 @@ from modeling import (
     checkpoint_to_resume,
     evaluate_loss,
     load_for_inference,
+    merged_lora,
     warmup_linear,
 )
 from packing import TrainLoader, make_collate, pad_batch
@@ -235,6 +236,21 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir):
     rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
     assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_merging_for_a_while_changes_nothing(lora_model, examples):
+    """The views of one parameter, too: merged or not, the model says the same, and its weights come back bit for bit."""
+    ids = torch.tensor([examples[0].prompt_ids])
+    before = {name: tensor.clone() for name, tensor in lora_model.state_dict().items()}
+    with torch.no_grad():
+        apart = lora_model(input_ids=ids).logits
+        with merged_lora(lora_model):
+            merged = lora_model(input_ids=ids).logits
+        with lora_model.disable_adapter():
+            base = lora_model(input_ids=ids).logits
+    assert (merged - apart).abs().max() < 1e-4 < (base - apart).abs().max()
+    assert all(torch.equal(before[name], tensor) for name, tensor in lora_model.state_dict().items())
+    assert lora_model.training
 
 
 def test_what_can_be_resumed(tmp_path):

@@ -1,0 +1,53 @@
+"""What only a CUDA device does: compiled layers replayed as graphs give the gradients of the plain computation."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+
+from dataset import EOS, TokenizedExample
+from modeling import answer_loss, bind_lora
+from packing import TrainLoader, make_collate
+from tree_attention import compile_layers
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def examples(count, seed):
+    """Two instructions, prompts of many lengths, some of them equal."""
+    draw = random.Random(seed)
+    ids = lambda n: [draw.randrange(3, 60) for _ in range(n)]  # noqa: E731
+    instructions = [[1, *ids(90)], [1, *ids(40)]]
+    prompts = [draw.choice(instructions) + ids(draw.randint(1, 60)) for _ in range(count)]
+    prompts[1] = prompts[0]
+    return [TokenizedExample(prompt, [*ids(draw.randint(0, 9)), EOS]) for prompt in prompts]
+
+
+def gradient(model, batches):
+    model.zero_grad()
+    for batch in batches:
+        answer_loss(model, **batch).backward()
+    return model.lora.grad.clone()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_compiled_layers_give_the_same_gradients(lora_model, graphs):
+    model = lora_model.cuda()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    loader = TrainLoader(examples(96, 0), 8, 1, make_collate("prefix", 0), seed=1)
+    expected = [gradient(model, [batch]) for batch in loader]
+    together = gradient(model, loader)
+    lengths = compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model))
+    batches = list(loader)
+    assert len({row["input_ids"].shape[1] for batch in batches for row in batch["rows"]} & set(lengths)) > 1
+    for batch, reference in zip(batches, expected, strict=True):
+        got = gradient(model, [batch])
+        assert (got - reference).norm() < 1e-5 * reference.norm()
+    assert model.compiled_layers.proven
+    accumulated = gradient(model, batches)
+    assert (accumulated - together).norm() < 1e-5 * together.norm()
+    with torch.no_grad():  # an evaluation between two steps is not compiled, and leaves the graphs as they are
+        loss = sum(answer_loss(model, **batch) for batch in batches)
+    assert torch.isfinite(loss)
+    assert (gradient(model, batches[:1]) - expected[0]).norm() < 1e-5 * expected[0].norm()
