@@ -27,5 +27,5 @@ lint: .venv/tools
 	touch $@
 
 .venv/tools: .venv/installed
-	python -m pip install pytest==9.2.0 ruff==0.17.6 jieba==0.42.1
+	python -m pip install pytest==9.2.0 ruff==0.17.6 jieba==0.42.1 seqeval==1.2.2
 	touch $@

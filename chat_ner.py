@@ -5,7 +5,8 @@
     python chat_ner.py --data_file questions.txt --predictions_file answers.json --interactive=False
 
 An input that begins with the adapter's instruction, a typed `\\n` read as a newline, gets exactly the prompt that
-training used. Anything else is free chat, as typed. An empty line, Ctrl-D or Ctrl-C ends it.
+training used, and an answer that its text allows. Anything else is free chat, as typed. An empty line, Ctrl-D or Ctrl-C
+ends it.
 """
 
 import contextlib
@@ -15,8 +16,8 @@ import torch
 from tqdm import tqdm
 
 from config_utils import UserError, run_script
-from dataset import BOS, build_prompt, encode_prompts, read_lines
-from generation import generate
+from dataset import BOS, QUERY_PREFIX, build_prompt, encode_prompts, read_lines
+from generation import generate, make_grammar
 from modeling import check_generation, find_adapter, load_for_inference, open_output, say
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
@@ -33,6 +34,7 @@ CONFIG = {
     "gpus": "0",  # the GPU to use
     "only_cpu": False,  # do not use a GPU
     "max_new_tokens": 512,  # an answer is cut after so many tokens
+    "constrained": "auto",  # auto | True | False: answer the adapter's instruction only with lines that the text allows
 }
 BANNER = """\
 + 该模式下仅支持单轮问答，无多轮对话能力。
@@ -44,12 +46,14 @@ BANNER = """\
 
 
 def chat_prompt(line, instructs):
-    """The prompt of one input line: training's own if it begins with an instruction, else the line as instruction."""
+    """(the prompt of one input line, its query): training's own if it begins with an instruction, else the line as
+    instruction, and None."""
     text = line.replace("\\n", "\n")
     for instruct in instructs:
         if text.startswith(instruct):
-            return build_prompt(instruct, text.removeprefix(instruct).lstrip("\n"))
-    return build_prompt(line, "")
+            query = text.removeprefix(instruct).lstrip("\n")
+            return build_prompt(instruct, query), query
+    return build_prompt(line, ""), None
 
 
 def pick_device(gpus, only_cpu):
@@ -74,19 +78,26 @@ def main(args):
         adapter, train_args, facts, args.base_model, args.tokenizer_path, device=device
     )
 
+    grammar = make_grammar(args.constrained, adapter, tokenizer, facts.get("labels"))
+    query_prefix = facts.get("query_prefix", QUERY_PREFIX)
+
     def answer(line):
+        query = None
         if args.with_prompt:
-            ids = encode_prompts(tokenizer, [chat_prompt(line, facts.get("instructs", []))])
+            prompt, query = chat_prompt(line, facts.get("instructs", []))
+            ids = encode_prompts(tokenizer, [prompt])
         else:
             ids = [[BOS, *tokenizer.encode_texts([line])[0]]]
-        text = generate(model, tokenizer, ids, args.max_new_tokens, batch_size=1)[0].text
-        return "（输入超过模型的长度上限）" if text is None else text
+        rules = (grammar, [query.removeprefix(query_prefix)]) if query is not None else ()
+        (answer,) = generate(model, tokenizer, ids, args.max_new_tokens, 1, *rules)
+        return "（输入超过模型的长度上限）" if answer.text is None else answer.text
 
     if args.data_file:
         results = [
             {"Input": q, "Output": answer(q)} for q in tqdm(questions, desc="回答", unit="条", dynamic_ncols=True)
         ]
         with output:
+            output.truncate(0)
             json.dump(results, output, ensure_ascii=False, indent=2)
         say(f"{len(results)} 条回答已写到 {args.predictions_file}")
         return

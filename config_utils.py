@@ -25,7 +25,7 @@ import tokenize
 from typing import NamedTuple
 
 RUNTIME_KEYS = ("local_rank",)  # set by the launcher for one run, so never saved
-BARE_MEANS_TRUE = ("resume", "compile")  # strings whose option may stand alone, as that of a bool may
+BARE_MEANS_TRUE = ("resume", "compile", "constrained")  # strings whose option may stand alone, as that of a bool may
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 # What the DeepSpeed file calls it -> what CONFIG calls it.
 BATCH_KEYS = {

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections import namedtuple
+from functools import cached_property
 from pathlib import Path
 from shutil import copyfile
 
@@ -61,6 +62,15 @@ class ExactTokenizer(SentencePieceBackend):
     def encode_texts(self, texts):
         """Ids of many texts at once, without specials: list of str -> list of list of int."""
         return self.sp_model.encode(list(texts))
+
+    @cached_property
+    def token_bytes(self):
+        """What each id adds to a text, as UTF-8: `<0xE7>` is that one byte, `▁` a space."""
+        sp = self.sp_model
+        pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+        return [
+            bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode() for i, p in enumerate(pieces)
+        ]
 
 
 def _special_tokens(vocab_file):
@@ -209,7 +219,7 @@ def query_prefix_of(records):
 # answers
 
 
-ParsedAnswer = namedtuple("ParsedAnswer", "entities malformed unknown_type not_in_text")
+ParsedAnswer = namedtuple("ParsedAnswer", "entities malformed unknown_type not_in_text repeated")
 
 
 def format_answer(entities):
@@ -222,7 +232,8 @@ def parse_answer(answer, text=None, labels=None):
     """An answer's entities and what is wrong with it.
 
     entities: the distinct (entity, type) pairs in order, also those of an unknown type or not in the text.
-    malformed: lines that are not `实体_类型`; unknown_type and not_in_text: pairs that `labels` and `text` refute.
+    malformed: lines that are not `实体_类型`; unknown_type and not_in_text: pairs that `labels` and `text` refute;
+    repeated: pairs that come again, once for each time.
     """
     pairs, malformed = [], []
     lines = [line for line in answer.replace("\r", "").split("\n") if line.strip()]
@@ -232,10 +243,11 @@ def parse_answer(answer, text=None, labels=None):
             pairs.append((entity, kind))
         else:
             malformed.append(line)
+    repeated = [pair for i, pair in enumerate(pairs) if pair in pairs[:i]]
     pairs = list(dict.fromkeys(pairs))
     unknown = [p for p in pairs if labels is not None and p[1] not in labels]
     absent = [p for p in pairs if text is not None and p[0] not in text]
-    return ParsedAnswer(pairs, malformed, unknown, absent)
+    return ParsedAnswer(pairs, malformed, unknown, absent, repeated)
 
 
 def locate(text, pairs):
@@ -272,8 +284,14 @@ def gold_entities(example):
 
 
 def labels_of(examples):
-    """The entity types that occur in the answers, in the order in which the instruction names them."""
-    kinds = dict.fromkeys(kind for e in examples for _, kind in parse_answer(e["answer"]).entities)
+    """The entity types that occur in the answers, in the order in which the instruction names them.
+
+    None where most answers are no entity lines: of another task than NER.
+    """
+    parsed = [parse_answer(example["answer"]) for example in examples]
+    if 2 * sum(bool(answer.malformed) for answer in parsed) > len(parsed):
+        return []
+    kinds = dict.fromkeys(kind for answer in parsed for _, kind in answer.entities)
     instruct = examples[0]["instruct"]
     return sorted(kinds, key=lambda kind: instruct.find(kind) % (len(instruct) + 1))
 

@@ -1,17 +1,29 @@
-"""Precision, recall and F1 of predicted entities, and the sentences that went worst.
+"""Precision, recall and F1 of predicted entities, and what went wrong.
 
-Works on the rows of predictions.jsonl alone, so that scores can be recomputed from the file:
+Works on the rows of predictions.jsonl alone, so that all of it can be recomputed from the file:
 
-    {"text", "answer", "prediction": raw string or None (counts as missed), "entities": [{"entity", "type", "spans"}],
-     "gold": [{"entity", "type", "spans"}], "problems": {"malformed": n, "unknown_type": n, "not_in_text": n}}
+    {"text", "answer", "prediction": raw string or None (counts as missed), "log_probability": of the whole answer,
+     "entities": [{"entity", "type", "spans", "confidence"}], "gold": [{"entity", "type", "spans"}],
+     "problems": {"malformed": n, …}}
 
-Spans are [begin, end) in characters of text; "problems" holds only the counts that are not 0.
+Spans are [begin, end) in characters of text; "problems" holds only the counts (keys of PROBLEMS) that are not 0.
 """
 
 import unicodedata
+from collections import Counter, namedtuple
 
-PROBLEMS = {"malformed": "格式错误", "unknown_type": "未知类型", "not_in_text": "不在原文"}
+import numpy
+
+PROBLEMS = {
+    "malformed": "格式错误",
+    "unknown_type": "未知类型",
+    "not_in_text": "不在原文",
+    "repeated": "重复",
+    "abandoned": "放弃",
+    "cut": "截断",
+}
 VIEWS = {"string": "按实体", "span": "按位置"}
+RESAMPLES = 1000
 
 
 def score(rows, labels):
@@ -19,7 +31,7 @@ def score(rows, labels):
 
     "string" compares the sets of (entity, type) of a sentence, "span" every occurrence with its offsets. A predicted
     entity that does not occur in the text is one false positive in both. Types that neither `labels` nor gold knows
-    are false positives of "micro" and get no entry of their own.
+    are false positives of "micro" and get no entry of their own. "micro" has an "f1_interval", see `_interval`.
     """
     rows = list(rows)
     types = list(dict.fromkeys([*labels, *(entity["type"] for row in rows for entity in row.get("gold") or [])]))
@@ -43,20 +55,34 @@ def _spans(row, key):
 
 
 def _view(rows, types, items):
-    hits, predicted, gold = [], [], []  # the type of every item
+    hits, predicted, gold, sentences = Counter(), Counter(), Counter(), []
     for row in rows:
         found, right = items(row, "entities"), items(row, "gold")
-        hits += [item[-1] for item in found & right]
-        predicted += [item[-1] for item in found]
-        gold += [item[-1] for item in right]
-    rates = {"micro": _rates(len(hits), len(predicted), len(gold))}
-    return rates | {name: _rates(hits.count(name), predicted.count(name), gold.count(name)) for name in types}
+        hits.update(item[-1] for item in found & right)
+        predicted.update(item[-1] for item in found)
+        gold.update(item[-1] for item in right)
+        sentences.append((len(found & right), len(found), len(right)))
+    micro = _rates(hits.total(), predicted.total(), gold.total()) | {"f1_interval": _interval(sentences)}
+    return {"micro": micro} | {name: _rates(hits[name], predicted[name], gold[name]) for name in types}
 
 
 def _rates(hits, predicted, gold):
     precision, recall = hits / predicted if predicted else 0.0, hits / gold if gold else 0.0
-    f1 = 2 * hits / (predicted + gold) if predicted + gold else 0.0
-    return {"precision": precision, "recall": recall, "f1": f1, "support": gold}
+    return {"precision": precision, "recall": recall, "f1": _f1(hits, predicted, gold), "support": gold}
+
+
+def _f1(hits, predicted, gold):
+    return 2 * hits / (predicted + gold) if predicted + gold else 0.0
+
+
+def _interval(sentences):
+    """95 % bootstrap interval of micro-F1, [low, high]: percentiles over RESAMPLES draws of as many sentences with
+    replacement (Efron and Tibshirani 1993, chapter 13). sentences: (hits, predicted, gold) of each."""
+    if not sentences:
+        return [0.0, 0.0]
+    counts, draw = numpy.array(sentences), numpy.random.default_rng(0)
+    scores = [_f1(*counts[draw.integers(len(counts), size=len(counts))].sum(axis=0)) for _ in range(RESAMPLES)]
+    return [float(bound) for bound in numpy.percentile(scores, [2.5, 97.5])]
 
 
 def table(metrics, perfect=None):
@@ -74,11 +100,17 @@ def table(metrics, perfect=None):
     text = [_pad(line[0], widths[0]) + _right(line[1:], widths[1:]) for line in lines]
     half = _width(text[0]) - sum(widths[5:]) - 2 * len(head)
     text.insert(0, _pad(_pad("", widths[0] + 2) + VIEWS["string"], half + 2) + VIEWS["span"])
+    bounds = [f"{title} {_percent(metrics[view]['micro']['f1_interval'])}" for view, title in VIEWS.items()]
+    text.append(f"总计 F1 的 95% 区间：{'，'.join(bounds)}（对句子重采样 {RESAMPLES} 次）")
     if perfect:
         rates = [f"{title} F1 {perfect[view]['micro']['f1']:.2%}" for view, title in VIEWS.items()]
         text.append(f"标准答案自身的得分：{'，'.join(rates)}")
     counts = [("句子数", metrics["examples"]), *((title, metrics[name]) for name, title in PROBLEMS.items())]
     return "\n".join([*text, "，".join(f"{title} {count}" for title, count in counts)])
+
+
+def _percent(bounds):
+    return "–".join(f"{100 * bound:.2f}" for bound in bounds)
 
 
 def _cells(rates):
@@ -98,12 +130,99 @@ def _width(text):
     return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
 
 
-def errors(rows, limit):
-    """The `limit` sentences with most wrong entities: [{"text", "missed": [[entity, type], …], "spurious": [...]}]."""
+# ---------------------------------------------------------------------------------------------------------------------
+# what went wrong
+
+
+KINDS = {
+    "missing": "漏掉",
+    "spurious": "多报",
+    "boundary": "边界错",
+    "type": "类型错",
+    "malformed": "格式错误",
+    "not_in_text": "不在原文",
+}
+# row: index. predicted, gold: (begin, end, type) or None; of a malformed line, or of an entity that is not in the text,
+# predicted is the line.
+Error = namedtuple("Error", "kind row predicted gold")
+
+
+def errors(rows):
+    """Every error as an Error, in the order of the rows; by spans, each span of either side in at most one.
+
+    A wrong span is paired with an unmatched gold span in the same place ("type"), else with one that it overlaps
+    ("boundary"), those first that overlap most.
+    """
     found = []
+    for i, row in enumerate(rows):
+        wrong, missed = _wrong_spans(row)
+        for kind, common in (("type", _same), ("boundary", _overlap)):
+            pairs = ((common(span, other), span, other) for span in wrong for other in missed)
+            for _, span, other in sorted((pair for pair in pairs if pair[0]), key=lambda pair: -pair[0]):
+                if span in wrong and other in missed:
+                    found.append(Error(kind, i, span, other))
+                    wrong.remove(span)
+                    missed.remove(other)
+        found += [Error("spurious", i, span, None) for span in wrong]
+        found += [Error("missing", i, None, span) for span in missed]
+        lines = [f"{entity['entity']}_{entity['type']}" for entity in row["entities"]]
+        said = [line for line in (row["prediction"] or "").replace("\r", "").split("\n") if line.strip()]
+        if row.get("problems", {}).get("malformed"):
+            found += [Error("malformed", i, line, None) for line in said if line not in lines]
+        absent = [entity["entity"] not in row["text"] for entity in row["entities"]]
+        found += [Error("not_in_text", i, line, None) for line, out in zip(lines, absent, strict=True) if out]
+    return found
+
+
+def _wrong_spans(row):
+    """(predicted spans that are not gold, gold spans that are not predicted), each sorted."""
+    found, right = ({item for item in _spans(row, key) if len(item) == 3} for key in ("entities", "gold"))
+    return sorted(found - right), sorted(right - found)
+
+
+def _same(span, other):
+    return span[:2] == other[:2]
+
+
+def _overlap(span, other):
+    return max(0, min(span[1], other[1]) - max(span[0], other[0]))
+
+
+def confusion(rows):
+    """{(gold type, predicted type): spans in the same place}; None instead of a type: missed, or predicted in vain."""
+    counts = Counter()
     for row in rows:
-        predicted, gold = _strings(row, "entities"), _strings(row, "gold")
-        if predicted != gold:
-            missed, spurious = (sorted(map(list, items)) for items in (gold - predicted, predicted - gold))
-            found.append({"text": row["text"], "missed": missed, "spurious": spurious})
-    return sorted(found, key=lambda error: -len(error["missed"]) - len(error["spurious"]))[:limit]
+        counts.update((kind, kind) for *_, kind in _spans(row, "entities") & _spans(row, "gold"))
+    for error in errors(rows):
+        if error.kind == "type":
+            counts[error.gold[2], error.predicted[2]] += 1
+        elif error.kind not in ("malformed", "not_in_text"):
+            counts.update([(error.gold[2], None)] if error.gold else [])
+            counts.update([(None, error.predicted[2])] if error.predicted else [])
+    return counts
+
+
+def precision_recall(rows):
+    """[(threshold, precision, recall)] of the entities with at least that confidence, by string, the surest first."""
+    gold = sum(len(_strings(row, "gold")) for row in rows)
+    items = [
+        (entity["confidence"], (entity["entity"], entity["type"]) in _strings(row, "gold"))
+        for row in rows
+        for entity in row["entities"]
+    ]
+    curve, hits = [], 0
+    for count, (confidence, hit) in enumerate(sorted(items, reverse=True), 1):
+        hits += hit
+        if curve and curve[-1][0] == confidence:
+            curve.pop()
+        curve.append((confidence, hits / count, hits / gold if gold else 0.0))
+    return curve
+
+
+def suspects(rows):
+    """Indices of the rows whose answer differs from gold, the one that the model is surest of first.
+
+    Where model and gold disagree and the model has no doubt, it is worth a look whether gold is right.
+    """
+    different = [i for i, row in enumerate(rows) if row["prediction"] is not None and any(_wrong_spans(row))]
+    return sorted(different, key=lambda i: -rows[i]["log_probability"])

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -153,9 +155,19 @@ def check_options(args):
     for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "log_steps", "lora_r"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
-    for name, values in {"packing": PACKINGS, "compile": ("auto", "True", "False")}.items():
+    choices = {"packing": PACKINGS, "compile": ("auto", "True", "False"), "best": ("last", "f1", "loss")}
+    for name, values in choices.items():
         if getattr(args, name) not in values:
             raise UserError(f"--{name}={getattr(args, name)}: expected {', '.join(values)}")
+    if args.best != "last" and args.eval_steps < 1:
+        raise UserError(f"--best={args.best} needs evaluations; give --eval_steps=500")
+    if args.best == "f1" and args.eval_examples < 1:
+        raise UserError("--best=f1 needs answers to score; give --eval_examples=200")
+    if args.eval_examples > 0 and zero_stage(args) == 3:
+        raise UserError(
+            "--eval_examples: with ZeRO-3 no process has the whole model to answer with; use stage 1 or 2, or "
+            "--eval_examples=0 and test.py"
+        )
     betas = args.deepspeed["optimizer"]["params"].get("betas", [0.9, 0.999])
     if not isinstance(betas, list) or len(betas) != 2:
         raise UserError(f"--deepspeed_optimizer_params_betas={betas}: expected two numbers, e.g. 0.9,0.95")
@@ -337,6 +349,7 @@ class TrainLog:
             line += f" | loss {record['loss']:.4f} | lr {record['lr']:.2e} | {speed:.1f} 条/秒"
         else:
             line += f" | eval_loss {record['eval_loss']:.4f}"
+            line += f" | F1 {record['eval_f1']:.2%}" if "eval_f1" in record else ""
             self.since = time.time()  # the evaluation is no part of the training speed
             self.examples = 0
         say(line)
@@ -403,11 +416,14 @@ def finish_checkpoint(folder, save_total_limit):
 def training_facts(args, records):
     """What inference must know about a run besides its CONFIG; stands in train_args.json beside the adapter."""
     packages = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
+    labels = labels_of(records)
+    if args.eval_examples > 0 and not labels:
+        raise UserError("--eval_examples: the training answers are no 实体_类型 lines, so there is no F1; give 0")
     return {
         "prompt_sha256": PROMPT_SHA256,
         "tokenizer_sha256": tokenizer_sha256(args.model_dir),
         "instructs": list(dict.fromkeys(record["instruct"] for record in records)),
-        "labels": labels_of(records),
+        "labels": labels,
         "query_prefix": query_prefix_of(records),
         "versions": {name: version(name) for name in packages},
     }
@@ -441,6 +457,43 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
             target.rename(old)
         new.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+class BestScore:
+    """Which evaluated states are to become adapter_model/: those that score better than the one that is there."""
+
+    def __init__(self, save_dir, metric):
+        self.key, self.sign = f"eval_{metric}", -1 if metric == "loss" else 1
+        path = Path(save_dir) / "adapter_model" / "train_args.json"  # of a run that is resumed
+        self.score = load_config(path)[1].get(self.key) if path.is_file() else None
+
+    def improves(self, scores):
+        """Whether {"eval_loss", …} of a state beats the best so far; never with --best=last."""
+        score = scores.get(self.key)
+        if score is None or self.score is not None and self.sign * score <= self.sign * self.score:
+            return False
+        self.score = score
+        return True
+
+
+@contextmanager
+def merged_lora(model):
+    """A PEFT model whose LoRA is part of its weights meanwhile, as in test.py. Afterwards they are what they were, bit
+    for bit: taking the LoRA out again would leave rounding errors, so the weights are kept on the CPU."""
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
+    originals = [layer.weight.detach().to("cpu", copy=True) for layer in layers]
+    training = model.training
+    model.eval()
+    if getattr(model, "lora_shapes", None):  # DeepSpeed may have moved what they are views of
+        bind_lora(model, model.lora.detach())
+    model.merge_adapter()
+    try:
+        yield model
+    finally:
+        model.unmerge_adapter()
+        for layer, original in zip(layers, originals, strict=True):
+            layer.weight.data.copy_(original)
+        model.train(training)
 
 
 def find_adapter(data_name, lora_model):
@@ -486,22 +539,30 @@ def check_generation(args):
     for name in {"batch_size", "max_new_tokens"} & args.nested.keys():
         if getattr(args, name) < 1:
             raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    if args.constrained not in ("auto", "True", "False"):
+        raise UserError(f"--constrained={args.constrained}: expected auto, True, False")
     pick_precision(args.nested.get("precision", "auto"), "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def open_output(path):
-    """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then."""
+    """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then.
+
+    What it holds stays until the caller truncates it, for what else can go wrong before there is an answer.
+    """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "w", encoding="utf-8")
+        return open(path, "a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
 
 
-def load_for_inference(adapter, train_args, facts, base_model, tokenizer_path, precision="auto", device=None):
+def load_for_inference(
+    adapter, train_args, facts, base_model, tokenizer_path, precision="auto", device=None, merge=False
+):
     """(model, tokenizer) as the command line and what find_adapter returned say; the command line wins.
 
-    Refuses, before the weights load, a base or a tokenizer that is not the adapter's.
+    Refuses, before the weights load, a base or a tokenizer that is not the adapter's. `merge`: add the LoRA to the
+    weights, which then cost nothing more; the base alone is gone.
     """
     base = base_model or (train_args.model_dir if adapter else DEFAULT_BASE)
     config = check_model_dir(base)
@@ -521,6 +582,7 @@ def load_for_inference(adapter, train_args, facts, base_model, tokenizer_path, p
     if adapter:
         model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
         model = model.to(DTYPES[precision])
+        model = model.merge_and_unload() if merge else model
     return model.eval(), tokenizer
 
 

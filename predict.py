@@ -3,17 +3,31 @@
     python predict.py
     python predict.py --text=王小明昨天从北京去了上海。
     python predict.py --input_path=texts.txt --output_path=entities.jsonl
+    python predict.py --input_path=texts.txt --output_path=entities.jsonl --resume      # after an interruption
 
 Reads plain text, one a line, or JSON lines with `text` (or `query` and `instruct`) and perhaps `answer`; without either
-option, three sentences of our own. Prints the answers, or writes them to --output_path as JSON lines with offsets.
+option, three sentences of our own. Prints the answers, or writes them to --output_path as JSON lines with offsets, in
+the order of the texts, as they come. A text that is too long for the model is cut at sentence ends.
 """
 
 import json
+from pathlib import Path
 
 from config_utils import UserError, run_script
-from dataset import INSTRUCT, QUERY_PREFIX, optional_columns, read_jsonl, read_lines
-from generation import predict_rows
+from dataset import (
+    INSTRUCT,
+    QUERY_PREFIX,
+    SURROGATE,
+    build_prompt,
+    encode_prompts,
+    gold_entities,
+    optional_columns,
+    read_jsonl,
+    read_lines,
+)
+from generation import make_grammar, predict_rows
 from modeling import check_generation, find_adapter, load_for_inference, open_output, say
+from windows import cut, join_rows
 
 CONFIG = {
     "data_name": "demo",  # folder under checkpoint/
@@ -23,10 +37,13 @@ CONFIG = {
     "text": None,  # one text
     "input_path": None,  # a file of texts: plain lines or JSON lines
     "output_path": None,  # write JSON lines there instead of printing
-    "batch_size": 64,  # texts at once
+    "resume": False,  # go on behind the rows that --output_path holds already
+    "batch_size": 64,  # texts at once, fewer where memory is short
     "max_new_tokens": 512,  # an answer is cut after so many tokens; counted and reported
+    "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
     "precision": "auto",  # auto | bf16 | fp16 | fp32
 }
+LABELS = ["人名", "地名", "机构名"]  # the types to ask the base alone for
 SAMPLES = [
     {"text": "中美两国的专家上周在杭州参观了临江大学，校长许文舟主持了座谈。",
      "answer": "中_地名\n美_地名\n杭州_地名\n临江大学_机构名\n许文舟_人名"},
@@ -43,6 +60,8 @@ def read_texts(args):
     if args.text is not None:
         if not args.text.strip():
             raise UserError("--text: is empty; give a sentence")
+        if SURROGATE.search(args.text):
+            raise UserError(f"--text: half a character in {args.text[:40]!r}; give UTF-8")
         return [{"text": args.text}]
     if not args.input_path:
         return SAMPLES
@@ -72,35 +91,88 @@ def to_example(record, instruct, query_prefix):
     }
 
 
+def cut_example(example, tokenizer, room):
+    """An example -> (the examples of its windows, their offsets in the text, what was cut inside a sentence).
+
+    `room`: tokens of prompt and answer. A window leaves the answer half as many tokens as its text has.
+    """
+    text, query = example["text"], example["query"]
+    if not query.endswith(text):  # a query of the user's own
+        return [example], [(0, len(text))], []
+    prefix = query[: len(query) - len(text)]
+    (empty,) = encode_prompts(tokenizer, [build_prompt(example["instruct"], prefix)])
+    limit = 2 * (room - len(empty)) // 3
+    windows, inside = cut(text, lambda part: len(tokenizer.encode_texts([part])[0]) <= limit)
+    parts = [text[begin:end] for begin, end in windows]
+    return [{**example, "text": part, "query": prefix + part, "answer": None} for part in parts], windows, inside
+
+
+def rows_written(path, texts):
+    """How many of the texts' rows the file holds; half a row at its end is cut off. UserError where they are others'."""
+    data = Path(path).read_bytes() if Path(path).is_file() else b""
+    whole = data[: data.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines()):
+        try:
+            same = number < len(texts) and json.loads(line)["text"] == texts[number]
+        except (ValueError, TypeError, KeyError):
+            same = False
+        if not same:
+            raise UserError(f"{path}:{number + 1}: not the row of text {number + 1}; name another file, or no --resume")
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return whole.count(b"\n")
+
+
 def main(args):
     check_generation(args)
-    texts = read_texts(args)
+    records = read_texts(args)
+    if args.resume and not args.output_path:
+        raise UserError("--resume needs --output_path, the file to go on with")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
-    instruct = facts["instructs"][0] if facts else INSTRUCT.replace("{labels}", "人名、地名、机构名")
-    examples = [to_example(record, instruct, facts.get("query_prefix", QUERY_PREFIX)) for record in texts]
+    labels = facts.get("labels", LABELS)
+    instruct = facts["instructs"][0] if facts else INSTRUCT.replace("{labels}", "、".join(LABELS))
+    examples = [to_example(record, instruct, facts.get("query_prefix", QUERY_PREFIX)) for record in records]
     output = open_output(args.output_path) if args.output_path else None
+    done = rows_written(args.output_path, [e["text"] for e in examples]) if args.resume else 0
     model, tokenizer = load_for_inference(
-        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision
+        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
-    rows, cut = predict_rows(model, tokenizer, examples, facts.get("labels"), args.max_new_tokens, args.batch_size)
+    grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
+    positions = model.config.max_position_embeddings
+    room = min(train_args.max_seq_length, positions) if adapter else positions
+    cuts = [cut_example(example, tokenizer, room) for example in examples[done:]]
+    parts = [part for window_examples, _, _ in cuts for part in window_examples]
+    rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
 
-    for number, row in enumerate(rows, 1):
+    if output and not args.resume:
+        output.truncate(0)
+    if not output:
+        print("=" * 100)
+    cut_off = 0
+    for number, (example, (_, windows, inside)) in enumerate(zip(examples[done:], cuts, strict=True), done + 1):
+        row = next(rows) if len(windows) == 1 else join_rows(example["text"], windows, [next(rows) for _ in windows])
+        if example["answer"] is not None:
+            row |= {"answer": example["answer"], "gold": gold_entities(example)}
+        cut_off += row.get("problems", {}).get("cut", 0)
+        if inside:
+            say(f"第 {number} 条没有句末可切，在句子里面切开，位置 {', '.join(map(str, inside))}")
         if row["prediction"] is None:
             say(f"第 {number} 条超过模型的长度上限，没有回答: {row['text'][:30]}…")
-    if cut:
-        say(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
-    if output:
-        with output:
-            output.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        say(f"{len(rows)} 条结果已写到 {args.output_path}")
-        return
-    print("=" * 100)
-    for example, row in zip(examples, rows, strict=True):
+        if output:
+            output.write(json.dumps(row, ensure_ascii=False) + "\n")
+            output.flush()
+            continue
         shown = (example["instruct"] + example["query"]).replace("\n", "\\n")
         print(f'文本 >>>  "{shown}"')
         print(f"预测 >>>  {row['prediction'] or ''}", end="\n\n")
         if row["answer"] is not None:
             print(f"真实 >>>  {row['answer']}")
+    if cut_off:
+        say(f"{cut_off} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
+    if output:
+        output.close()
+        say(f"{len(examples) - done} 条结果已写到 {args.output_path}" + (f"，之前已有 {done} 条" if done else ""))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python test.py
     python test.py --data_name=msra --lora_model=./checkpoint/msra/train_deepspeed/adapter_model
     python test.py --lora_model=none --max_new_tokens=64          # the base alone
+    python test.py --dev_path=data/msra/instruct_data/train.txt   # report.html: where the training data may be wrong
 
 Reads data/<data_name>/instruct_data/dev.txt and an adapter of checkpoint/<data_name>/ (the one written last). Writes
-predictions.jsonl and metrics.json beside adapter_model/. The answers are generated freely, greedily, for every row.
+predictions.jsonl, metrics.json and report.html beside adapter_model/. The answers are generated freely, greedily, for every row;
+with an adapter, only what the text allows (--constrained=False: anything).
 """
 
 import json
@@ -13,9 +15,10 @@ from pathlib import Path
 
 from config_utils import run_script
 from dataset import labels_of, locate, parse_answer, read_examples
-from generation import predict_rows
+from generation import make_grammar, predict_rows
 from metrics import score, table
 from modeling import check_generation, find_adapter, load_for_inference, say
+from report import write_report
 
 CONFIG = {
     "data_name": "demo",  # folder under data/ and under checkpoint/
@@ -23,8 +26,9 @@ CONFIG = {
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
     "tokenizer_path": None,  # None: that of the base
     "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
-    "batch_size": 64,  # examples generated at once
+    "batch_size": 64,  # examples generated at once, fewer where memory is short
     "max_new_tokens": 512,  # an answer is cut after so many tokens; counted and reported
+    "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
     "precision": "auto",  # auto | bf16 | fp16 | fp32
     "max_examples": -1,  # only the first N examples; -1: all
 }
@@ -39,11 +43,12 @@ def main(args):
     examples = read_examples(dev_path, *columns)
     examples = examples[: args.max_examples] if args.max_examples > 0 else examples
     model, tokenizer = load_for_inference(
-        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision
+        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
     labels = facts.get("labels") or labels_of(examples)
+    grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
 
-    rows, cut = predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size)
+    rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar))
     metrics = score(rows, labels)
 
     print("预测：", [row["prediction"] for row in rows[:SHOWN]], end="\n\n")
@@ -53,7 +58,7 @@ def main(args):
     print(table(metrics, perfect=score(perfect, labels)))
     if too_long := sum(row["prediction"] is None for row in rows):
         print(f"{too_long} 条超过模型的长度上限，没有回答，按漏掉计分")
-    if cut:
+    if cut := metrics["cut"]:
         print(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
 
     out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
@@ -61,7 +66,9 @@ def main(args):
     with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    say(f"结果已写到 {out}/predictions.jsonl 和 metrics.json")
+    title = f"{args.data_name} 测试报告"
+    write_report(out / "report.html", rows, metrics, title, f"数据 {dev_path}，LoRA {adapter or '无'}")
+    say(f"结果已写到 {out}/predictions.jsonl、metrics.json 和 report.html")
 
 
 if __name__ == "__main__":

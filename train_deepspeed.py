@@ -17,8 +17,10 @@ import torch.distributed as dist
 
 from config_utils import run_script
 from dataset import load_instruct_data, load_tokenizer
+from generation import evaluate_f1
 from modeling import (
     DTYPES,
+    BestScore,
     TrainLog,
     add_lora,
     answer_loss,
@@ -71,7 +73,9 @@ CONFIG = {
     "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
     # logging and saving
     "log_steps": 10,  # a log line every so many steps
-    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: only at the end; -1: never
+    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
+    "eval_examples": 0,  # then also answer the first N dev examples and log their F1, as test.py --max_examples=N; 0: none
+    "best": "last",  # last | f1 | loss: adapter_model/ is the newest state, or the one with the best F1 or dev loss
     "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
     "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
     "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
@@ -92,7 +96,7 @@ def main(args):
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
     train_records, train_set = load_instruct_data(train_path, tokenizer, args)
-    _, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    dev_records, dev_set = load_instruct_data(dev_path, tokenizer, args)
     facts = training_facts(args, train_records)
 
     device, rank, world_size = init_distributed()
@@ -120,17 +124,22 @@ def main(args):
         say(f"从 {resume_from} 继续，已完成 {step} 步")
 
     def save():
-        save_adapter(model, save_dir, args, ds_config, facts, step)
+        if args.best == "last":
+            save_adapter(model, save_dir, args, ds_config, facts, step)
         engine.save_checkpoint(str(save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
         finish_checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit)
 
     def evaluate():
         batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
-        log.write(
-            {"step": step, "epoch": step / loader.steps_per_epoch, "eval_loss": evaluate_loss(model, batches, device)}
-        )
+        scores = {"eval_loss": evaluate_loss(model, batches, device)}
+        if args.eval_examples > 0:
+            scores["eval_f1"] = evaluate_f1(model, tokenizer, dev_records[: args.eval_examples], facts["labels"])
+        log.write({"step": step, "epoch": step / loader.steps_per_epoch, **scores})
+        if best.improves(scores):
+            save_adapter(model, save_dir, args, ds_config, {**facts, **scores}, step)
 
     start_run(save_dir, resume=resume_from is not None)
+    best = BestScore(save_dir, args.best)
     log = TrainLog(save_dir, total_steps, step)
     loss_sum, logged_steps = 0.0, 0
     while step < total_steps:

@@ -18,8 +18,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from config_utils import run_script
 from dataset import load_instruct_data, load_tokenizer
+from generation import evaluate_f1
 from modeling import (
     DTYPES,
+    BestScore,
     TrainLog,
     add_lora,
     answer_loss,
@@ -72,7 +74,9 @@ CONFIG = {
     "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
     # logging and saving
     "log_steps": 10,  # a log line every so many steps
-    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: only at the end; -1: never
+    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
+    "eval_examples": 0,  # then also answer the first N dev examples and log their F1, as test.py --max_examples=N; 0: none
+    "best": "last",  # last | f1 | loss: adapter_model/ is the newest state, or the one with the best F1 or dev loss
     "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
     "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
     "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
@@ -159,7 +163,7 @@ def main(args):
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
     train_records, train_set = load_instruct_data(train_path, tokenizer, args)
-    _, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    dev_records, dev_set = load_instruct_data(dev_path, tokenizer, args)
     facts = training_facts(args, train_records)
 
     device, rank, world_size = init_distributed()
@@ -200,14 +204,23 @@ def main(args):
     compile_for_training(model, loader, args, tokenizer.pad_token_id, device)
     first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
     start_run(save_dir, resume=resume_from is not None)
+    best = BestScore(save_dir, args.best)
     log = TrainLog(save_dir, total_steps, first_step)
     loader.seek(first_step)
 
     def evaluate(step):
         batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
-        loss = evaluate_loss(model, batches, device)
-        log.write({"step": step, "epoch": step / loader.steps_per_epoch, "eval_loss": loss})
-        return {"eval_loss": loss}
+        scores = {"eval_loss": evaluate_loss(model, batches, device)}
+        if args.eval_examples > 0:
+            scores["eval_f1"] = evaluate_f1(model, tokenizer, dev_records[: args.eval_examples], facts["labels"])
+        log.write({"step": step, "epoch": step / loader.steps_per_epoch, **scores})
+        if best.improves(scores):
+            save_adapter(model, save_dir, args, ds_config, {**facts, **scores}, step)
+        return scores
+
+    def save(step):
+        if args.best == "last":
+            save_adapter(model, save_dir, args, ds_config, facts, step)
 
     trainer = AdapterTrainer(
         model=model,
@@ -215,7 +228,7 @@ def main(args):
         train_dataset=train_set,
         eval_dataset=dev_set,
         loader=loader,
-        save=lambda step: save_adapter(model, save_dir, args, ds_config, facts, step),
+        save=save,
         evaluate=evaluate,
         scheduler=partial(make_scheduler, args=args, total_steps=total_steps),
         callbacks=[LogCallback(log, loader, save_dir, args.save_total_limit)],

@@ -162,6 +162,13 @@ def test_format_answer_orders_and_removes_repeats():
     assert format_answer([]) == "没有"
 
 
+def test_labels_of():
+    answers = ["王明_人名\n北京_地名", "没有", "长江_地名"]
+    assert labels_of([{"instruct": "地名、人名", "answer": answer} for answer in answers]) == ["地名", "人名"]
+    answers = ["a_b is a name", "The end.", "Yes.", "No."]  # not NER
+    assert labels_of([{"instruct": "Translate", "answer": answer} for answer in answers]) == []
+
+
 def test_parse_answer():
     answer = "王_明_人名\n北京_地名\n\n北京_地名\n乱写\n_地名\n上海_\n长沙_动物\n"
     parsed = parse_answer(answer, text="王_明在长沙", labels=["人名", "地名"])
@@ -169,7 +176,8 @@ def test_parse_answer():
     assert parsed.malformed == ["乱写", "_地名", "上海_"]
     assert parsed.unknown_type == [("长沙", "动物")]
     assert parsed.not_in_text == [("北京", "地名")]
-    assert parse_answer("没有") == ([], [], [], []) == parse_answer("")
+    assert parsed.repeated == [("北京", "地名")]
+    assert parse_answer("没有") == ([], [], [], [], []) == parse_answer("")
     assert parse_answer("北京_地名\n没有").malformed == ["没有"]
 
 

@@ -1,11 +1,16 @@
 """python -m pytest tests/test_metrics.py: scores of rows counted by hand."""
 
 import json
+import random
 import unicodedata
+from html.parser import HTMLParser
 
 import pytest
+from seqeval.metrics import classification_report
+from seqeval.scheme import IOB2
 
-from metrics import errors, score, table
+from metrics import PROBLEMS, confusion, errors, precision_recall, score, suspects, table
+from report import marked, write_report
 
 LABELS = ["人名", "地名", "机构名"]
 
@@ -53,8 +58,14 @@ def rates(hits, predicted, gold):
     return {"precision": precision, "recall": recall, "f1": pytest.approx(f1), "support": gold}
 
 
+def view(metrics, name):
+    """A view without the interval, which has a test of its own."""
+    micro = {key: value for key, value in metrics[name]["micro"].items() if key != "f1_interval"}
+    return {**metrics[name], "micro": micro}
+
+
 def test_string_view():
-    assert score(ROWS, LABELS)["string"] == {
+    assert view(score(ROWS, LABELS), "string") == {
         "micro": rates(2, 5, 5),
         "人名": rates(0, 1, 1),
         "地名": rates(2, 3, 3),
@@ -63,7 +74,7 @@ def test_string_view():
 
 
 def test_span_view():
-    assert score(ROWS, LABELS)["span"] == {
+    assert view(score(ROWS, LABELS), "span") == {
         "micro": rates(3, 7, 6),
         "人名": rates(0, 1, 1),
         "地名": rates(3, 5, 4),
@@ -79,7 +90,7 @@ def test_counts():
         "not_in_text": 1,
         "examples": 5,
     }
-    assert list(metrics) == ["string", "span", "malformed", "unknown_type", "not_in_text", "examples"]
+    assert list(metrics) == ["string", "span", *PROBLEMS, "examples"]
 
 
 def test_rows_survive_json():
@@ -89,14 +100,14 @@ def test_rows_survive_json():
 
 def test_nothing_is_zero():
     zero = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
-    assert score([], ["人名"])["string"] == {"micro": zero, "人名": zero}
+    assert score([], ["人名"])["string"] == {"micro": {**zero, "f1_interval": [0.0, 0.0]}, "人名": zero}
 
 
 def test_perfect_and_wrong():
     gold = [entity("北京", "地名", (0, 2))]
-    assert score([row("北京", gold, gold)], LABELS)["span"]["micro"] == rates(1, 1, 1)
+    assert view(score([row("北京", gold, gold)], LABELS), "span")["micro"] == rates(1, 1, 1)
     wrong = [entity("北", "地名", (0, 1))]
-    assert score([row("北京", wrong, gold)], LABELS)["string"]["micro"] == rates(0, 1, 1)
+    assert view(score([row("北京", wrong, gold)], LABELS), "string")["micro"] == rates(0, 1, 1)
 
 
 def test_types_of_gold_alone_follow_the_labels():
@@ -108,8 +119,8 @@ def test_entity_inside_a_longer_one_is_no_false_span():
     """北京 occurs, but only inside 北京大学, which is named too: no span, and not outside the text either."""
     predicted = [entity("北京大学", "机构名", (0, 4)), entity("北京", "地名")]
     metrics = score([row("北京大学", predicted, [entity("北京大学", "机构名", (0, 4))])], LABELS)
-    assert metrics["span"]["micro"] == rates(1, 1, 1)
-    assert metrics["string"]["micro"] == rates(1, 2, 1)
+    assert view(metrics, "span")["micro"] == rates(1, 1, 1)
+    assert view(metrics, "string")["micro"] == rates(1, 2, 1)
 
 
 def columns(line):
@@ -117,7 +128,10 @@ def columns(line):
 
 
 def test_table():
-    lines = table(score(ROWS, LABELS)).splitlines()
+    metrics = score(ROWS, LABELS)
+    lines = table(metrics).splitlines()
+    intervals = [metrics[name]["micro"]["f1_interval"] for name in ("string", "span")]
+    bounds = [f"{100 * low:.2f}–{100 * high:.2f}" for low, high in intervals]
     assert [line.split() for line in lines] == [
         ["按实体", "按位置"],
         ["类型", "P", "R", "F1", "支持数", "P", "R", "F1", "支持数"],
@@ -125,7 +139,18 @@ def test_table():
         ["地名", "66.67", "66.67", "66.67", "3", "60.00", "75.00", "66.67", "4"],
         ["机构名", "0.00", "0.00", "0.00", "1", "0.00", "0.00", "0.00", "1"],
         ["总计", "40.00", "40.00", "40.00", "5", "42.86", "50.00", "46.15", "6"],
-        ["句子数", "5，格式错误", "2，未知类型", "1，不在原文", "1"],
+        [
+            "总计",
+            "F1",
+            "的",
+            "95%",
+            "区间：按实体",
+            bounds[0] + "，按位置",
+            bounds[1] + "（对句子重采样",
+            "1000",
+            "次）",
+        ],
+        ["句子数", "5，格式错误", "2，未知类型", "1，不在原文", "1，重复", "0，放弃", "0，截断", "0"],
     ]
     assert len({columns(line) for line in lines[1:6]}) == 1
 
@@ -135,10 +160,138 @@ def test_table_names_the_score_of_perfect_answers():
     assert "标准答案自身的得分：按实体 F1 100.00%，按位置 F1 100.00%" in table(score(ROWS, LABELS), perfect)
 
 
+def test_interval():
+    """Sentences that are all alike leave nothing open; else F1 lies inside, and more sentences make it narrower."""
+    gold = [entity("北京", "地名", (0, 2))]
+    right, wrong = row("北京", gold, gold), row("北京", [], gold)
+    assert score([right] * 9, LABELS)["span"]["micro"]["f1_interval"] == [1.0, 1.0]
+    widths = []
+    for count in (10, 100):
+        micro = score([right, right, wrong] * count, LABELS)["string"]["micro"]
+        low, high = micro["f1_interval"]
+        assert low < micro["f1"] < high and micro["f1"] == pytest.approx(0.8)
+        widths.append(high - low)
+    # F1 = 2 h / (1 + h) of a share h of right sentences with standard deviation sqrt(2/9 / n), slope 2 / (1 + h)^2
+    assert (
+        widths[1] == pytest.approx(2 * 1.96 * (2 / 9 / 300) ** 0.5 * 2 / (5 / 3) ** 2, rel=0.1)
+        and widths[1] < widths[0]
+    )
+
+
+def test_against_seqeval():
+    """The span view on 300 random rows without overlapping spans, of which the answers get some wrong."""
+    draw, rows, tags = random.Random(0), [], {"entities": [], "gold": []}
+    for _ in range(300):
+        size, spans = 30, {"gold": [], "entities": []}
+        for begin in range(0, size, 5):
+            if draw.random() < 0.5:
+                span = (begin, begin + draw.randint(1, 5), draw.choice(LABELS))
+                spans["gold"].append(span)
+                other = (begin, begin + draw.randint(1, 5), draw.choice(LABELS))
+                spans["entities"] += draw.choice([[span], [span], [other], []])
+        # every character is another one, so that a string has one place
+        text = "".join(chr(0x4E00 + i) for i in range(size))
+        rows.append(
+            row(text, *([entity(text[b:e], t, (b, e)) for b, e, t in spans[key]] for key in ("entities", "gold")))
+        )
+        for key, found in spans.items():
+            line = ["O"] * size
+            for begin, end, kind in found:
+                line[begin:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - begin - 1)
+            tags[key].append(line)
+    report = classification_report(tags["gold"], tags["entities"], output_dict=True, mode="strict", scheme=IOB2)
+    ours = score(rows, LABELS)["span"]
+    for name, theirs in (("micro", "micro avg"), *((label, label) for label in LABELS)):
+        expected = {key: report[theirs][key] for key in ("precision", "recall", "support")}
+        assert {key: ours[name][key] for key in expected} == pytest.approx(expected)
+        assert ours[name]["f1"] == pytest.approx(report[theirs]["f1-score"])
+
+
+def sure(entities, confidence=-0.1):
+    return [{**item, "confidence": confidence} for item in entities]
+
+
+WRONG = [
+    # right; a wrong type in the right place; missing
+    {
+        **row(
+            "李四去上海和天津",
+            sure([entity("李四", "人名", (0, 2)), entity("上海", "机构名", (3, 5))]),
+            [entity("李四", "人名", (0, 2)), entity("上海", "地名", (3, 5)), entity("天津", "地名", (6, 8))],
+        ),
+        "log_probability": -0.5,
+    },
+    # too long, with the wrong type too; what overlaps the same gold span a second time is spurious
+    {
+        **row(
+            "在北京大学说",
+            sure([entity("北京大学说", "地名", (1, 6)), entity("在北", "地名", (0, 2))], -2.0),
+            [entity("北京大学", "机构名", (1, 5))],
+        ),
+        "log_probability": -3.0,
+    },
+    # a line without a type, an entity that is not in the text
+    {
+        **row("天晴", sure([entity("王五", "人名")]), [], malformed=1, not_in_text=1),
+        "prediction": "天晴\n王五_人名",
+        "log_probability": -0.1,
+    },
+    # never answered
+    {**row("长江", [], [entity("长江", "地名", (0, 2))]), "prediction": None},
+]
+
+
 def test_errors():
-    worst = errors(ROWS, 2)
-    assert worst == [
-        {"text": "李四去上海", "missed": [["上海", "地名"], ["李四", "人名"]], "spurious": [["李四", "地名"]]},
-        {"text": "中国和中国", "missed": [], "spurious": [["和", "时间"], ["王五", "人名"]]},
+    assert errors(WRONG) == [
+        ("type", 0, (3, 5, "机构名"), (3, 5, "地名")),
+        ("missing", 0, None, (6, 8, "地名")),
+        ("boundary", 1, (1, 6, "地名"), (1, 5, "机构名")),
+        ("spurious", 1, (0, 2, "地名"), None),
+        ("malformed", 2, "天晴", None),
+        ("not_in_text", 2, "王五_人名", None),
+        ("missing", 3, None, (0, 2, "地名")),
     ]
-    assert [error["text"] for error in errors(ROWS, 9)] == ["李四去上海", "中国和中国", "x公司"]
+
+
+def test_confusion():
+    assert confusion(WRONG) == {
+        ("人名", "人名"): 1,
+        ("地名", "机构名"): 1,
+        ("地名", None): 2,
+        ("机构名", None): 1,
+        (None, "地名"): 2,
+    }
+
+
+def test_precision_recall():
+    rows = [
+        row("甲", sure([entity("甲", "人名", (0, 1))], 0.0), [entity("甲", "人名", (0, 1))]),
+        row("乙", sure([entity("乙", "人名", (0, 1))], -1.0), []),
+        row("丙", sure([entity("丙", "人名", (0, 1))], -1.0), [entity("丙", "人名", (0, 1))]),
+        row("丁", [], [entity("丁", "人名", (0, 1))]),
+    ]
+    assert precision_recall(rows) == [(0.0, 1.0, 1 / 3), (-1.0, 2 / 3, 2 / 3)]
+
+
+def test_suspects():
+    """Where the answer differs from gold, the surest first; not where nothing was answered."""
+    gold = [entity("北京", "地名", (0, 2))]
+    right = {**row("北京", sure(gold), gold), "log_probability": 0.0}
+    assert suspects([right, *WRONG]) == [1, 2]
+
+
+def test_report(tmp_path):
+    rows = [*WRONG, {**row("<b>&", sure([entity("<b>", "人名", (0, 3))]), []), "log_probability": -0.01}]
+    write_report(tmp_path / "report.html", rows, score(rows, LABELS), "试 <1>", "a & b")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>试 &lt;1&gt;</title>" in page and "<b>" not in page and "http" not in page.replace("xmlns", "")
+    for title, count in (("漏掉", 2), ("多报", 2), ("边界错", 1), ("类型错", 1), ("格式错误", 1), ("不在原文", 1)):
+        assert f"<summary>{title} {count}</summary>" in page
+    assert "<svg" in page and "3 句" in page and '<span class="predicted">&lt;b&gt;</span>&amp;' in page
+    HTMLParser().feed(page)
+
+
+def test_marked():
+    assert marked("甲乙丙", [(0, 2, "人名")], [(1, 3, "人名")]) == (
+        '<span class="gold">甲</span><span class="gold predicted">乙</span><span class="predicted">丙</span>'
+    )

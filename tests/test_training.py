@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,19 @@ from safetensors.torch import load_file
 import modeling
 from config_utils import UserError, load_config
 from conftest import read_log, run_script, training_options
+from constraint import AnswerGrammar
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
-from modeling import answer_loss, checkpoint_to_resume, evaluate_loss, warmup_linear
+from generation import evaluate_f1, predict_rows
+from metrics import score
+from modeling import (
+    BestScore,
+    answer_loss,
+    checkpoint_to_resume,
+    evaluate_loss,
+    load_for_inference,
+    merged_lora,
+    warmup_linear,
+)
 from packing import TrainLoader, make_collate, pad_batch
 
 TRAINERS = ("train_deepspeed", "train_trainer")
@@ -181,6 +193,66 @@ def test_resume_ends_where_an_uninterrupted_run_does(workspace, base_dir, tmp_pa
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_best_adapter(workspace, base_dir, tmp_path, trainer):
+    """--best=f1: adapter_model/ is the first of the states with the best F1, checkpoint-<step>/ the newest ones."""
+    options = ["--eval_examples=4", "--best=f1", "--max_steps=20", "--eval_steps=5", "--save_steps=10"]
+    run_script(f"{trainer}.py", *training_options(base_dir), *options, f"--save_dir={tmp_path}/run", cwd=workspace)
+    scores = {row["step"]: row["eval_f1"] for row in read_log(tmp_path / "run") if "eval_loss" in row}
+    assert list(scores) == [5, 10, 15, 20]
+    _, facts = load_config(tmp_path / "run" / "adapter_model" / "train_args.json")
+    best = max(scores, key=scores.get)
+    assert (facts["step"], facts["eval_f1"]) == (best, scores[best])
+    assert sorted(p.parent.name for p in (tmp_path / "run").glob("checkpoint-*/complete")) == [
+        "checkpoint-10",
+        "checkpoint-20",
+    ]
+
+
+def test_which_score_is_better(tmp_path):
+    (tmp_path / "adapter_model").mkdir()
+    saved = {"config": {}, "eval_f1": 0.5, "eval_loss": 2.0}
+    (tmp_path / "adapter_model" / "train_args.json").write_text(json.dumps(saved))
+    f1, loss, last = (BestScore(tmp_path, metric) for metric in ("f1", "loss", "last"))
+    assert [f1.improves({"eval_f1": score}) for score in (0.5, 0.6, 0.55, 0.7)] == [False, True, False, True]
+    assert [loss.improves({"eval_loss": score}) for score in (2.0, 1.5, 1.7)] == [False, True, False]
+    assert not last.improves({"eval_f1": 1.0, "eval_loss": 0.0})
+    assert BestScore(tmp_path / "nowhere", "loss").improves({"eval_loss": 9.0})
+
+
+def test_f1_in_training_is_that_of_test(workspace, base_dir):
+    """An adapter that is trained, and the same one merged: equal answers; and the weights are what they were."""
+    adapter = workspace / "checkpoint" / "mine" / "train_trainer" / "adapter_model"
+    args, facts = load_config(adapter / "train_args.json")
+    load = partial(load_for_inference, adapter, args, facts, None, None, "fp32", "cpu")
+    (model, tokenizer), (merged, _) = load(), load(merge=True)
+    examples = read_examples(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:9]
+    grammar = AnswerGrammar(tokenizer, facts["labels"])
+    rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
+    for example, row in zip(examples[:6], rows, strict=False):  # of which it is thus right
+        example.update(answer=row["prediction"], entities=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    f1 = evaluate_f1(model, tokenizer, examples, facts["labels"])
+    rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
+    assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_merging_for_a_while_changes_nothing(lora_model, examples):
+    """The views of one parameter, too: merged or not, the model says the same, and its weights come back bit for bit."""
+    ids = torch.tensor([examples[0].prompt_ids])
+    before = {name: tensor.clone() for name, tensor in lora_model.state_dict().items()}
+    with torch.no_grad():
+        apart = lora_model(input_ids=ids).logits
+        with merged_lora(lora_model):
+            merged = lora_model(input_ids=ids).logits
+        with lora_model.disable_adapter():
+            base = lora_model(input_ids=ids).logits
+    assert (merged - apart).abs().max() < 1e-4 < (base - apart).abs().max()
+    assert all(torch.equal(before[name], tensor) for name, tensor in lora_model.state_dict().items())
+    assert lora_model.training
+
+
 def test_what_can_be_resumed(tmp_path):
     for step, marker in ((5, "complete"), (10, "complete"), (15, "half")):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -206,6 +278,10 @@ def test_what_can_be_resumed(tmp_path):
         (["--packing=dense"], "--packing=dense: expected prefix, plain, none"),
         (["--compile=yes"], "--compile=yes: expected auto, True, False"),
         (["--save_dir=data"], "--save_dir=.*data: holds other files"),
+        (["--best=f1"], "--best=f1 needs answers to score; give --eval_examples=200"),
+        (["--best=loss", "--eval_steps=-1"], "--best=loss needs evaluations; give --eval_steps=500"),
+        (["--best=newest"], "--best=newest: expected last, f1, loss"),
+        (["--eval_examples=9", "--deepspeed_zero_optimization_stage=3"], "--eval_examples: with ZeRO-3 no process has"),
         (["--lora_r=abc"], "--lora_r: expected int, got 'abc'"),
         (["--learning_rate=1"], "--deepspeed_optimizer_params_lr"),
         (["--lora_target_modules=q_projj"], "--lora_target_modules=q_projj: "),

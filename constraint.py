@@ -1,0 +1,109 @@
+"""What an answer may say: a grammar over the characters of the text, as masks over the vocabulary.
+
+    start: " " LINE ("\\n" LINE)*                   the space is SentencePiece's dummy prefix of every answer
+    LINE:  SPAN ("_" TYPE)? | "没有"                 SPAN stands in the text, TYPE is one of the labels
+
+The grammar knows characters and not tokens, so the model may spell a span with any pieces, byte pieces included.
+llguidance compiles it for each text and says at every step which tokens can go on.
+
+Only lines with a type are lines of the answer. A model that begins a span in the wrong place may give it up, with a
+newline, as it would without a constraint: were that forbidden, it would have to go on to some type, and take the next
+entity into the span. generation.py leaves such lines out and counts them; without any other the answer is `没有`.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
+
+from dataset import BOS, EOS, NO_ENTITY
+
+# A line is one token of the grammar: were it several, llguidance would read a `_` of the text always as part of the span,
+# and a_b could not be answered with a_地名.
+GRAMMAR = """\
+start: " " LINE ("\\n" LINE)*
+LINE: SPAN ("_" TYPE)? | {nothing}
+TYPE: {types}
+SPAN: /[^\\r\\n]+/ & SUBSTRING
+SUBSTRING: %regex {substring}
+"""
+
+
+class AnswerGrammar:
+    """The answers that a tokenizer can spell with some types. A matcher keeps track of one answer to one text."""
+
+    def __init__(self, tokenizer, labels):
+        self.labels = {label.encode() for label in labels}
+        self.types = " | ".join(_quoted(label) for label in dict.fromkeys(labels))
+        # no slices: they speed up grammars that allow most of the vocabulary
+        self.vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size, slices=[])
+        self.words = -(-tokenizer.vocab_size // 32)
+        self.threads = ThreadPoolExecutor()
+        # on few cores, more threads and torch's own are in each other's way
+        self.executor = LLExecutor() if (os.cpu_count() or 1) >= 8 else None
+
+    def matchers(self, texts):
+        """For each text an llguidance LLMatcher at the beginning of an answer. Takes a millisecond a text and core."""
+        return list(self.threads.map(self._matcher, texts))
+
+    def _matcher(self, text):
+        substring = json.dumps({"substring_chars": text}, ensure_ascii=False)
+        grammar = GRAMMAR.format(nothing=_quoted(NO_ENTITY), types=self.types, substring=substring)
+        return checked(LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(grammar)))
+
+    def masks(self, matchers):
+        """The tokens that may come next: int32 [matchers, vocabulary / 32] on the CPU, bit i of word w: token 32 w + i."""
+        bits = torch.empty(len(matchers), self.words, dtype=torch.int32, pin_memory=torch.cuda.is_available())
+        if self.executor:
+            numbered = [(matcher, i) for i, matcher in enumerate(matchers)]
+            self.executor.unsafe_compute_mask_ptr(numbered, bits.data_ptr(), 4 * self.words, len(matchers))
+        else:
+            for matcher, row in zip(matchers, bits, strict=True):
+                matcher.unsafe_compute_mask_ptr(row.data_ptr(), 4 * self.words)
+        return bits
+
+    def states_entity(self, line):
+        """Whether a line (bytes) that a matcher let pass is one of the answer, `实体_类型`."""
+        entity, _, kind = line.rpartition(b"_")
+        return bool(entity) and kind in self.labels
+
+
+# What a byte of a mask adds to the logits of its eight tokens: 0 or -inf.
+_BYTES = torch.where((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1 > 0, 0.0, float("-inf"))
+
+
+def forbid(logits, bits):
+    """Set to -inf what `AnswerGrammar.masks` does not allow, in place. logits: float32 [rows, vocabulary]."""
+    indices = bits.to(logits.device, non_blocking=True).view(torch.uint8).int()
+    allowed = torch.nn.functional.embedding(indices, _BYTES.to(logits.device))
+    return logits.add_(allowed.flatten(1)[:, : logits.shape[1]])
+
+
+def checked(matcher):
+    """The matcher, if it is well: llguidance raises nothing by itself."""
+    if matcher.is_error():
+        raise RuntimeError(f"llguidance: {matcher.get_error()}")
+    return matcher
+
+
+def _quoted(text):
+    return json.dumps(text, ensure_ascii=False)
+
+
+class _Vocabulary:
+    """The tokenizer as llguidance.TokenizerWrapper wants it."""
+
+    def __init__(self, tokenizer):
+        self.sp, self.tokens = tokenizer.sp_model, tokenizer.token_bytes
+        special = [i for i in range(len(self.tokens)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
+        self.special_token_ids = sorted({*special, tokenizer.pad_token_id})
+        self.bos_token_id, self.eos_token_id = BOS, EOS
+        self.before = len(self.sp.encode("\n"))
+
+    def __call__(self, text):
+        """Ids of a text in the middle of an answer: behind a newline, since SentencePiece begins a text with a space.
+        Where the grammar forces the next characters, the mask holds no other tokens than these."""
+        text = text if isinstance(text, str) else text.decode("utf-8", "ignore")
+        return self.sp.encode("\n" + text)[self.before :]

@@ -1,0 +1,161 @@
+"""Greedy answers are those of the model, whatever is computed together.     python -m pytest tests/test_generation.py"""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import generation
+from conftest import INSTRUCTION, make_records
+from constraint import AnswerGrammar
+from dataset import EOS, build_prompt, encode_prompts, load_tokenizer
+from generation import Batch, common_prefix, generate
+
+LABELS = ["人名", "地名"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base_dir):
+    return load_tokenizer(base_dir)
+
+
+@pytest.fixture(scope="module")
+def model(base_dir, tokenizer, prompts):
+    """Random, but its eos is as likely as a token that half of its answers hold, so that these end there."""
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.model.parameters():  # such that what stands before a token matters
+            if weight.dim() == 2:
+                weight *= 8
+    texts = [greedy(model, prompt) for prompt in prompts[0]]
+    counts = Counter(token for text in texts for token in set(text) - {text[0]})
+    token = min(counts, key=lambda token: abs(counts[token] - len(texts) // 2))
+    with torch.no_grad():
+        model.lm_head.weight[EOS] = model.lm_head.weight[token] * 1.0001
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    records = make_records(21, 5)
+    texts = [record["text"] for record in records]
+    prompts = encode_prompts(tokenizer, [build_prompt(INSTRUCTION, f"文本：{text}") for text in texts])
+    return prompts, texts
+
+
+def greedy(model, prompt):
+    """The new tokens of transformers' own loop."""
+    ids = torch.tensor([prompt])
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": EOS, "pad_token_id": 0}
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+
+
+def answers(model, tokenizer, prompts, texts=None, max_new_tokens=24, batch_size=8):
+    grammar = AnswerGrammar(tokenizer, LABELS) if texts else None
+    return list(generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts))
+
+
+def rounded(answers):
+    """Log-probabilities differ in the last digits."""
+    return [
+        (*answer[:4], [round(mean, 3) for mean in answer.confidences], round(answer.log_probability, 2))
+        for answer in answers
+    ]
+
+
+def test_answers_are_those_of_transformers(model, tokenizer, prompts):
+    """One example at a time, the full prompt, model.generate: the same tokens."""
+    found = answers(model, tokenizer, prompts[0])
+    for prompt, answer in zip(prompts[0], found, strict=True):
+        new = greedy(model, prompt)
+        assert answer.ended == (EOS in new)
+        assert answer.text == tokenizer.decode([token for token in new if token != EOS])
+    assert 1 < sum(answer.ended for answer in found) < len(found)  # rows leave at different times
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts, monkeypatch, constrained):
+    """Batches of 1, 3 and 64; forced tokens in one step; a memory for three rows, in which only two can end."""
+    prompts, texts = prompts[0], prompts[1] if constrained else None
+    expected = rounded(answers(model, tokenizer, prompts, texts, batch_size=1))
+    for batch_size in (3, 64):
+        assert rounded(answers(model, tokenizer, prompts, texts, batch_size=batch_size)) == expected
+    shuffled = random.Random(1).sample(range(len(prompts)), len(prompts))
+    mixed = answers(model, tokenizer, [prompts[i] for i in shuffled], texts and [texts[i] for i in shuffled])
+    assert [rounded(mixed)[shuffled.index(i)] for i in range(len(prompts))] == expected
+    monkeypatch.setattr(Batch, "skips_forced", property(lambda self: True, lambda self, value: None), raising=False)
+    assert rounded(answers(model, tokenizer, prompts, texts)) == expected
+    places = (max(map(len, prompts)) // 8 + 2) * 8
+    token_bytes = 2 * 2 * 2 * 8 * 4  # layers, key and value, heads, size, float32
+    put_off = []
+    fit = Batch._fit
+    monkeypatch.setattr(Batch, "_fit", lambda self, longest: put_off.extend(rows := fit(self, longest)) or rows)
+    monkeypatch.setattr(generation, "PLACES", 8)
+    monkeypatch.setattr(
+        generation, "free_memory", lambda device: 3 * places * token_bytes / generation.MEMORY_SHARE + 9
+    )
+    assert rounded(answers(model, tokenizer, prompts, texts)) == expected
+    assert put_off or constrained  # the longest of the constrained answers are short
+
+
+def test_a_prompt_that_does_not_fit_keeps_its_place(model, tokenizer, prompts):
+    prompts = [prompts[0][0], prompts[0][1] * 5, prompts[0][2]]
+    found = answers(model, tokenizer, prompts, max_new_tokens=500)
+    assert [answer.text is None for answer in found] == [False, True, False]
+    for prompt, answer in zip(prompts, found, strict=True):  # as far as the 512 positions go
+        assert answer.ended or answer.text is None or len(prompt) < 512
+
+
+def test_answers_come_in_order_before_all_are_known(model, tokenizer, prompts, monkeypatch):
+    monkeypatch.setattr(generation, "SORTED_BATCHES", 1)
+    calls = []
+    advance = Batch.advance
+    monkeypatch.setattr(Batch, "advance", lambda self, waiting: calls.append(len(waiting)) or advance(self, waiting))
+    found = generate(model, tokenizer, prompts[0], 12, 4)
+    next(found)
+    assert calls[-1] > 0  # others have not even begun
+
+
+def test_common_prefix():
+    assert common_prefix([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3]]) == [1, 2]
+    assert common_prefix([[1, 2, 3], [1, 9, 3]]) == [1]
+    assert common_prefix([[1, 2, 3]] * 2) == [1, 2]
+    assert common_prefix([[1, 2, 3]]) == common_prefix([]) == []
+
+
+def test_confidence_is_the_mean_log_probability_under_the_constraint(model, tokenizer, prompts):
+    """Against a plain loop over the tokens of each answer, with the masks of a matcher of its own."""
+    prompt, text = prompts[0][0], prompts[1][0]
+    grammar = AnswerGrammar(tokenizer, LABELS)
+    (answer,) = generate(model, tokenizer, [prompt], 40, 1, grammar, [text])
+    (matcher,), ids, total = grammar.matchers([text]), list(prompt), 0.0
+    scores, line = {}, []
+    with torch.no_grad():
+        while len(ids) < len(prompt) + 40:
+            logits = model(input_ids=torch.tensor([ids])).logits[0, -1].double()
+            bits = grammar.masks([matcher])[0]
+            for token in range(len(logits)):
+                if not int(bits[token // 32]) >> token % 32 & 1:
+                    logits[token] = -float("inf")
+            token = logits.argmax().item()
+            chosen = logits.log_softmax(-1)[token].item()
+            total += chosen
+            if token == EOS:
+                break
+            piece = tokenizer.token_bytes[token][len(ids) == len(prompt) :]
+            ids.append(token)
+            matcher.consume_token(token)
+            if piece == b"\n":
+                scores.setdefault(tokenizer.decode([i for i, _ in line]), [s for _, s in line])
+                line = []
+            elif piece:
+                line.append((token, chosen))
+    scores.setdefault(tokenizer.decode([i for i, _ in line]), [s for _, s in line])
+    assert answer.log_probability == pytest.approx(total, abs=1e-4)
+    lines = answer.text.split("\n")
+    assert answer.text == "没有" or answer.confidences == pytest.approx(
+        [sum(scores[line]) / len(scores[line]) for line in lines], abs=1e-5
+    )

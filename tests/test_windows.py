@@ -1,0 +1,80 @@
+"""Long texts in windows, and their rows joined.     python -m pytest tests/test_windows.py"""
+
+import random
+import time
+
+from windows import cut, join_rows
+
+
+def in_characters(limit):
+    return lambda part: len(part) <= limit
+
+
+def test_a_text_that_fits_is_one_window():
+    assert cut("王明去了北京。他说好。", in_characters(11)) == ([(0, 11)], [])
+    assert cut("", in_characters(5)) == ([(0, 0)], [])
+
+
+def test_windows_end_with_sentences():
+    text = "他说：“王明到了。”北京很冷！？\n没有雪……于是回家。"
+    windows, inside = cut(text, in_characters(12))
+    assert [text[begin:end] for begin, end in windows] == ["他说：“王明到了。”", "北京很冷！？\n没有雪……", "于是回家。"]
+    assert inside == []
+
+
+def test_what_is_cut_inside_a_sentence_is_named():
+    text = "王明在北京，李华在上海，都没有回来。" + "长" * 20 + "。好。"
+    windows, inside = cut(text, in_characters(10))
+    assert [text[begin:end] for begin, end in windows] == [
+        *("王明在北京，", "李华在上海，", "都没有回来。", "长" * 10, "长" * 10, "。好。"),
+    ]
+    assert inside == [6, 12, 28, 38]
+    assert cut("v1.5 and 3.14. The end", in_characters(16))[0] == [(0, 14), (14, 22)]
+
+
+def test_windows_of_random_texts():
+    """They are the text, in order, each fits, and none could have gone on to its next sentence end."""
+    draw = random.Random(0)
+    for _ in range(200):
+        text = "".join(draw.choices("王明北京去年，。！\n ”", weights=[5] * 6 + [1] * 6, k=draw.randint(1, 300)))
+        limit = draw.randint(1, 60)
+        windows, inside = cut(text, in_characters(limit))
+        assert "".join(text[begin:end] for begin, end in windows) == text
+        assert all(0 < end - begin <= limit for begin, end in windows)
+        assert all(text[end - 1] in "。！\n”" for _, end in windows[:-1] if end not in inside)
+        assert not any({*text[begin:end]} & {*"。！\n"} for begin, end in windows if end in inside)
+
+
+def test_a_book_takes_no_time():
+    text = "王明去年在北京，李华在上海。" * 1500
+    start = time.perf_counter()
+    windows, inside = cut(text, in_characters(300))
+    assert len(windows) == 72 and not inside and time.perf_counter() - start < 2
+
+
+def test_joined_rows():
+    text = "北京。上海北京。没有"
+
+    def entity(name, confidence, *spans):
+        return {"entity": name, "type": "地名", "spans": [list(span) for span in spans], "confidence": confidence}
+
+    rows = [
+        {
+            **{"text": "北京。", "prediction": "北京_地名", "entities": [entity("北京", -0.5, (0, 2))]},
+            **{"log_probability": -1.0, "problems": {"repeated": 1}},
+        },
+        {
+            **{"text": "上海北京。", "prediction": "上海_地名\n北京_地名", "log_probability": -0.25},
+            **{"entities": [entity("上海", -1.0, (0, 2)), entity("北京", -0.1, (2, 4))], "problems": {"repeated": 2}},
+        },
+        {"text": "没有", "prediction": "没有", "entities": [], "log_probability": 0.0},
+    ]
+    joined = join_rows(text, [(0, 3), (3, 8), (8, 10)], rows)
+    assert joined == {
+        **{"text": text, "answer": None, "prediction": "北京_地名\n上海_地名", "log_probability": -1.25},
+        "entities": [entity("北京", -0.1, (0, 2), (5, 7)), entity("上海", -1.0, (3, 5))],
+        "problems": {"repeated": 3},
+    }
+    assert all(text[b:e] == found["entity"] for found in joined["entities"] for b, e in found["spans"])
+    assert join_rows(text, [(8, 10)], rows[2:])["prediction"] == "没有"
+    assert join_rows(text, [(8, 10)], [{**rows[2], "prediction": None}])["prediction"] is None

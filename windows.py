@@ -1,0 +1,73 @@
+"""Texts longer than the model is to read: cut at sentence ends into windows, and the windows' rows joined again."""
+
+import re
+from bisect import bisect_left
+
+from dataset import NO_ENTITY
+
+# After what a text may be cut, best first: an entity goes across none of the first, and seldom across the second.
+CLOSING = "[”’』」）)\\]】》\"']*"
+SENTENCE_END = re.compile(rf"[。！？!?…；;]+{CLOSING}|\.{CLOSING}(?=\s)|\n")
+CLAUSE_END = re.compile(rf"[，、：:,]+{CLOSING}|\s+|(?<=[）》」』”])")
+
+
+def cut(text, fits):
+    """Windows of a text: [(begin, end)], in order and without gaps, and of those ends the ones inside a sentence.
+
+    fits(part): whether the model can read a part of the text; what it can read it can read shortened. A window ends
+    with the last sentence end that fits; where there is none, after a clause; where there is none, anywhere.
+    """
+    if fits(text):
+        return [(0, len(text))], []
+    windows, inside, begin = [], [], 0
+    while begin < len(text):
+        end = begin + _longest(text[begin:], fits)
+        if end < len(text):
+            after_sentence = _last(SENTENCE_END, text, begin, end)
+            end = after_sentence or _last(CLAUSE_END, text, begin, end) or end
+            inside += [] if after_sentence else [end]
+        windows.append((begin, end))
+        begin = end
+    return windows, inside
+
+
+def _longest(text, fits):
+    """How many characters of the text fit; at least one, so that there is an end to it."""
+    reach = 64
+    while reach < len(text) and fits(text[:reach]):
+        reach *= 2
+    reach = min(reach, len(text))
+    return max(bisect_left(range(1, reach + 1), True, key=lambda n: not fits(text[:n])), 1)
+
+
+def _last(pattern, text, begin, end):
+    """Where the last match that ends in (begin, end] ends, or None."""
+    return max((m.end() for m in pattern.finditer(text, begin, end) if m.end() > begin), default=None)
+
+
+def join_rows(text, windows, rows):
+    """The rows of predictions.jsonl of a text's windows -> that of the text, with the offsets in it.
+
+    An entity that several windows name has the spans of all and the confidence of the surest. What the answer is
+    compared with (`answer`, `gold`) is not the windows' and left to the caller.
+    """
+    entities, problems = {}, {}
+    for (begin, _), row in zip(windows, rows, strict=True):
+        for entity in row["entities"]:
+            spans = [[begin + first, begin + last] for first, last in entity["spans"]]
+            known = entities.setdefault((entity["entity"], entity["type"]), {**entity, "spans": []})
+            known["spans"] += spans
+            known["confidence"] = max(known["confidence"], entity["confidence"])
+        for name, count in row.get("problems", {}).items():
+            problems[name] = problems.get(name, 0) + count
+    lines = dict.fromkeys(line for row in rows for line in (row["prediction"] or "").split("\n") if line)
+    lines.pop(NO_ENTITY, None)
+    joined = {
+        "text": text,
+        "answer": None,
+        "prediction": None if any(row["prediction"] is None for row in rows) else "\n".join(lines) or NO_ENTITY,
+        "entities": list(entities.values()),
+    }
+    if joined["prediction"] is not None:
+        joined["log_probability"] = round(sum(row["log_probability"] for row in rows), 4)
+    return {**joined, "problems": problems} if problems else joined
