@@ -15,8 +15,9 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
+from audit import load_audited_data
 from config_utils import run_script
-from dataset import load_instruct_data, load_tokenizer
+from dataset import load_tokenizer
 from modeling import (
     DTYPES,
     TrainLog,
@@ -91,8 +92,7 @@ def main(args):
     check_options(args)
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
-    train_records, train_set = load_instruct_data(train_path, tokenizer, args)
-    _, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    (train_records, train_set), (_, dev_set) = load_audited_data(train_path, dev_path, tokenizer, args)
     facts = training_facts(args, train_records)
 
     device, rank, world_size = init_distributed()
