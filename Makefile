@@ -27,5 +27,5 @@ lint: .venv/tools
 	touch $@
 
 .venv/tools: .venv/installed
-	python -m pip install pytest==9.2.0 ruff==0.17.6
+	python -m pip install pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6
 	touch $@

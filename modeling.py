@@ -5,6 +5,7 @@ Both trainers and the inference scripts share these, because what one writes the
 
 import json
 import os
+import pickle
 import shutil
 import socket
 import sys
@@ -132,8 +133,8 @@ def check_model_dir(model_dir):
     if not path.is_file():
         raise UserError(f"{model_dir}: no model here (config.json is missing); {how_to_get(model_dir)}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); {how_to_get(model_dir)}") from None
 
 
@@ -141,8 +142,10 @@ def load_base(model_dir, dtype, device):
     """The causal LM of a local folder in `dtype` on `device`, frozen."""
     check_model_dir(model_dir)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
     return model.to(device).requires_grad_(False)
@@ -519,7 +522,10 @@ def load_for_inference(adapter, train_args, facts, base_model, tokenizer_path, p
     say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
     model = load_base(base, DTYPES[precision], device)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
+        try:
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{adapter}/adapter_config.json: cannot be used ({error}); train it again") from None
         model = model.to(DTYPES[precision])
     return model.eval(), tokenizer
 
@@ -534,7 +540,7 @@ def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
         )
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(base, local_files_only=True)
+            AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         ).state_dict()
     for name, shape in _adapter_shapes(adapter).items():
         module, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
@@ -549,10 +555,16 @@ def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
 
 
 def _adapter_shapes(adapter):
-    if (adapter / "adapter_model.safetensors").is_file():
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    path = adapter / "adapter_model.bin"
-    if not path.is_file():
-        raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")
-    return {name: tuple(tensor.shape) for name, tensor in torch.load(path, weights_only=True, mmap=True).items()}
+    """{name: shape} of an adapter's file. A pickle is only read as tensors: it runs nothing."""
+    path = adapter / "adapter_model.safetensors"
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_slice(name).get_shape() for name in file.keys()}
+        path = adapter / "adapter_model.bin"
+        if path.is_file():
+            return {name: tuple(t.shape) for name, t in torch.load(path, weights_only=True, mmap=True).items()}
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: not the tensors of an adapter ({first}); train or download it again") from None
+    raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")
