@@ -1,5 +1,5 @@
 # The two commands of a fresh machine are `make demo` and `make test`; both make their own .venv.
-.PHONY: demo test lint tiny
+.PHONY: demo test lint tiny reliability
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -15,6 +15,9 @@ tiny: .venv/installed
 
 test: .venv/tools
 	python -m pytest
+
+reliability: tiny .venv/tools
+	python benchmarks/reliability.py
 
 lint: .venv/tools
 	ruff check .
