@@ -1,5 +1,5 @@
 # The two commands of a fresh machine are `make demo` and `make test`; both make their own .venv.
-.PHONY: demo test lint tiny
+.PHONY: demo test lint tiny reliability
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -16,6 +16,9 @@ tiny: .venv/installed
 test: .venv/tools
 	python -m pytest
 
+reliability: tiny .venv/tools
+	python benchmarks/reliability.py
+
 lint: .venv/tools
 	ruff check .
 	ruff format --check .
@@ -27,5 +30,5 @@ lint: .venv/tools
 	touch $@
 
 .venv/tools: .venv/installed
-	python -m pip install pytest==9.2.0 ruff==0.17.6 jieba==0.42.1 seqeval==1.2.2
+	python -m pip install pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 jieba==0.42.1 seqeval==1.2.2
 	touch $@

@@ -362,6 +362,8 @@ def _read_json(path, remedy):
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: {error.msg}; {remedy}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8; {remedy}") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, brackets a thousand deep; NUL in the path
+        raise UserError(f"{path}: cannot be read ({error}); {remedy}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}; {remedy}")
     return value
@@ -463,6 +465,10 @@ def _check_numbers(settings, path):
             raise UserError(
                 f"{path}: {_dotted(keys)} must be a number, not auto; write one or pass --deepspeed_{name}=…"
             )
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise UserError(f'{path}: "zero_optimization.stage" must be 0, 1, 2 or 3, got {zero!r}')
     try:
         lr = settings["optimizer"]["params"]["lr"]
     except (KeyError, TypeError):

@@ -6,9 +6,7 @@ disagree about a byte of it. Nothing here loads weights or reads the command lin
 
 import hashlib
 import json
-import os
 import re
-import sys
 from collections import namedtuple
 from functools import cached_property
 from pathlib import Path
@@ -128,8 +126,11 @@ def tokenizer_sha256(model_dir):
 # records
 
 
-def read_lines(path):
-    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing, empty or undecodable one."""
+def read_lines(path, malformed=None):
+    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing or empty one.
+
+    An undecodable line is a UserError too, or, where there is a list `malformed`, is left out and appended to it.
+    """
     path = Path(path)
     if not path.is_file():
         made = "; make it with `python process.py --data_name=…`" if path.parent.name == "instruct_data" else ""
@@ -138,61 +139,86 @@ def read_lines(path):
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); re-encode the file"
-                ) from None
+                _refuse(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); re-encode it", malformed)
+                continue
+            yield number, line
     if not number:
         raise UserError(f"{path}: the file is empty")
 
 
-def read_jsonl(path):
-    """Yield (line number, object) of a JSON-lines file; blank lines are skipped. UserError names file and line."""
+def _refuse(message, malformed):
+    if malformed is None:
+        raise UserError(message) from None
+    malformed.append(message)
+
+
+def read_jsonl(path, malformed=None):
+    """Yield (line number, object) of a JSON-lines file; blank lines are skipped. UserError names file and line.
+
+    `malformed`: as in read_lines.
+    """
     found = False
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, malformed):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
-            ) from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}; one object a line")
-        for value in record.values():
-            if isinstance(value, str) and SURROGATE.search(value):
-                raise UserError(
-                    f"{path}:{number}: half a character (a lone surrogate) in {value[:40]!r}; correct the text"
-                )
         found = True
-        yield number, record
+        try:
+            record = _parse_record(f"{path}:{number}", line)
+        except UserError as error:
+            _refuse(str(error), malformed)
+        else:
+            yield number, record
     if not found:
         raise UserError(f"{path}: the file holds no record")
 
 
-def read_examples(path, instruct_column="instruct", query_column="query", response_column="answer"):
-    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities"}; entities is None if not given.
+def _parse_record(where, line):
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(f"{where}: not JSON that can be read ({error}); correct the line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; one object a line")
+    for value in record.values():
+        if isinstance(value, str) and SURROGATE.search(value):
+            raise UserError(f"{where}: half a character (a lone surrogate) in {value[:40]!r}; correct the text")
+    return record
 
-    Only the three columns are required. `text` falls back to the query without its prefix.
+
+def read_examples(path, instruct_column="instruct", query_column="query", response_column="answer", malformed=None):
+    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities", "line"}; entities may be None.
+
+    Only the three columns are required. `text` falls back to the query without its prefix. `malformed`: as in
+    read_lines.
     """
     columns = {"instruct": instruct_column, "query": query_column, "answer": response_column}
-    option = {"instruct": "instruct_column", "query": "query_column", "answer": "response_column"}
     examples = []
-    for number, record in read_jsonl(path):
-        example = {}
-        for key, column in columns.items():
-            if column not in record:
-                raise UserError(
-                    f"{path}:{number}: no column {column!r} (there are {', '.join(map(repr, record))}); "
-                    f"name it with --{option[key]}=… or make the file with process.py"
-                )
-            if not isinstance(record[column], str):
-                raise UserError(f"{path}:{number}: column {column!r} must be a string, got {record[column]!r}")
-            example[key] = record[column]
-        examples.append({**example, **optional_columns(path, number, record, example["query"])})
+    for number, record in read_jsonl(path, malformed):
+        try:
+            example = _three_columns(f"{path}:{number}", record, columns)
+            example |= optional_columns(path, number, record, example["query"])
+        except UserError as error:
+            _refuse(str(error), malformed)
+        else:
+            examples.append({**example, "line": number})
     return examples
+
+
+def _three_columns(where, record, columns):
+    option = {"instruct": "instruct_column", "query": "query_column", "answer": "response_column"}
+    for key, column in columns.items():
+        if column not in record:
+            raise UserError(
+                f"{where}: no column {column!r} (there are {', '.join(map(repr, record))}); "
+                f"name it with --{option[key]}=… or make the file with process.py"
+            )
+        if not isinstance(record[column], str):
+            raise UserError(f"{where}: column {column!r} must be a string, got {record[column]!r}")
+    return {key: record[column] for key, column in columns.items()}
 
 
 def optional_columns(path, number, record, query):
@@ -200,11 +226,14 @@ def optional_columns(path, number, record, query):
     text, entities = record.get("text"), record.get("entities")
     if not isinstance(text, str | None):
         raise UserError(f"{path}:{number}: `text` must be a string, got {text!r}")
-    keys = {"entity", "type", "begin", "end"}
+    if not isinstance(entities, list | None):
+        raise UserError(f"{path}:{number}: `entities` must be a list, got {entities!r}")
+    kinds = {"entity": str, "type": str, "begin": int, "end": int}
     for entity in entities or []:
-        if not isinstance(entity, dict) or not keys <= entity.keys():
+        if not isinstance(entity, dict) or any(not isinstance(entity.get(k), kind) for k, kind in kinds.items()):
             raise UserError(
-                f"{path}:{number}: `entities` must be objects with entity, type, begin, end; got {entity!r}"
+                f"{path}:{number}: `entities` must be objects with entity, type, begin, end (two strings, two "
+                f"integers); got {entity!r}"
             )
     return {"text": query.removeprefix(QUERY_PREFIX) if text is None else text, "entities": entities}
 
@@ -300,7 +329,8 @@ def labels_of(examples):
 # token ids
 
 
-TokenizedExample = namedtuple("TokenizedExample", "prompt_ids answer_ids")  # lists of int; answer_ids ends with eos
+# Lists of int, answer_ids ends with eos; line: that of the file, for messages.
+TokenizedExample = namedtuple("TokenizedExample", "prompt_ids answer_ids line", defaults=[None])
 
 
 def encode_prompts(tokenizer, prompts):
@@ -312,17 +342,12 @@ def encode_examples(tokenizer, examples):
     """Examples -> list of TokenizedExample. Prompt and answer are encoded separately; only the answer carries loss."""
     prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
     answers = tokenizer.encode_texts([e["answer"] for e in examples])
-    return [TokenizedExample(p, [*a, EOS]) for p, a in zip(prompts, answers, strict=True)]
-
-
-def load_instruct_data(path, tokenizer, args):
-    """Records of a file and, as TokenizedExample, those of them that fit into args.max_seq_length."""
-    records = read_examples(path, args.instruct_column, args.query_column, args.response_column)
-    return records, fit_length(encode_examples(tokenizer, records), path, args.max_seq_length, args.too_long)
+    lines = [e.get("line") for e in examples]
+    return [TokenizedExample(p, [*a, EOS], line) for p, a, line in zip(prompts, answers, lines, strict=True)]
 
 
 def fit_length(examples, path, max_seq_length, too_long="drop"):
-    """Leave out what is longer than max_seq_length, and say so: cutting would teach answers without an end.
+    """Leave out what is longer than max_seq_length (audit.py says how many): a cut answer would teach none to end.
 
     Returns the examples that fit; UserError when none does, or when too_long is "error" and one does not.
     """
@@ -338,10 +363,4 @@ def fit_length(examples, path, max_seq_length, too_long="drop"):
         )
     if not kept:
         raise UserError(f"{path}: no example fits into max_seq_length={max_seq_length}; {remedy}")
-    if dropped and os.environ.get("RANK", "0") == "0":
-        print(
-            f"{path}: 丢弃超过 max_seq_length={max_seq_length} 的样本 {dropped} / {len(examples)} 条"
-            f"（最长 {max(lengths)} 个 token）",
-            file=sys.stderr,
-        )
     return kept

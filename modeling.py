@@ -5,7 +5,11 @@ Both trainers and the inference scripts share these, because what one writes the
 
 import json
 import os
+import pickle
+import random
+import re
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -55,6 +59,12 @@ def say(message):
     """A status line on stderr, from rank 0 alone, that does not break a progress bar."""
     if is_main():
         tqdm.write(message, file=sys.stderr)
+
+
+def end_bars():
+    """Leave the progress bar's line, so that an error stands on its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def init_distributed():
@@ -134,8 +144,8 @@ def check_model_dir(model_dir):
     if not path.is_file():
         raise UserError(f"{model_dir}: no model here (config.json is missing); {how_to_get(model_dir)}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); {how_to_get(model_dir)}") from None
 
 
@@ -143,8 +153,10 @@ def load_base(model_dir, dtype, device):
     """The causal LM of a local folder in `dtype` on `device`, frozen."""
     check_model_dir(model_dir)
     try:
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, SafetensorError) as error:
+        model = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
     return model.to(device).requires_grad_(False)
@@ -314,6 +326,49 @@ def make_scheduler(optimizer, args, total_steps):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# the end of a step
+
+
+def seed_step(seed, step, rank):
+    """Draw dropout from (seed, step, rank) alone, so that a resumed run needs no generator's state."""
+    torch.manual_seed(random.Random(f"{seed}-{step}-{rank}").getrandbits(63))
+
+
+def catch_sigterm():
+    """From now on SIGTERM only fills the list that is returned; end_of_step makes all ranks see it."""
+    received = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    return received
+
+
+def end_of_step(loss, sigterm, loader, step, lr, train_path):
+    """True if any rank got SIGTERM. UserError, on all ranks, if the loss of any is NaN or infinite.
+
+    loss: this rank's, a scalar tensor. step: 1-based, the one that has ended.
+    """
+    state = torch.stack([~torch.isfinite(loss), torch.tensor(bool(sigterm), device=loss.device)]).int()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(state, op=dist.ReduceOp.MAX)
+    diverged, stop = state.tolist()
+    if diverged:
+        end_bars()
+        lines = ", ".join(map(str, loader.lines(step - 1)))
+        raise UserError(
+            f"step {step}: the loss is NaN or infinite (learning rate {lr:.3g}; {train_path}, lines {lines}); what was "
+            "saved before is intact. Lower --deepspeed_optimizer_params_lr, use --precision=bf16 or fp32, look at those "
+            "lines; --resume goes on from the last checkpoint"
+        )
+    return bool(stop)
+
+
+def end_by_sigterm(step):
+    """Leave with the exit code of a process that SIGTERM ended, after everything is saved."""
+    say(f"收到 SIGTERM，已在第 {step} 步保存；加 --resume 继续")
+    dist.destroy_process_group()
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # what a run leaves on disk
 
 
@@ -341,7 +396,7 @@ class TrainLog:
                 record["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if not is_main():
             return
-        with self.path.open("a", encoding="utf-8") as file:
+        with saving(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
         line = f"step {record['step']:>{len(str(self.total))}}/{self.total} | epoch {record['epoch']:.2f}"
         if "loss" in record:
@@ -358,14 +413,40 @@ class TrainLog:
         self.bar.close()
 
 
-def start_run(save_dir, resume):
+@contextmanager
+def saving(path):
+    """Turn a write that fails, mostly of a full disk, into one line: what was saved before is never touched by it."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(
+            "inline_container|PytorchStreamWriter|iostream", str(error)
+        ):
+            raise  # not torch.save's way of saying it
+        end_bars()
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        first = str(cause).strip().splitlines()[0]
+        raise UserError(
+            f"{path}: cannot be written ({first}); free some space there, then go on with --resume. The adapter and the "
+            "checkpoints that were saved before are intact"
+        ) from None
+
+
+def start_run(save_dir, resume_from):
     """Make save_dir ready: an earlier run in it is moved to `<save_dir>.old`, unless it is to be resumed.
 
-    Only what a run wrote is ever moved; a folder that holds anything else is refused.
+    Only what a run wrote is ever moved; a folder that holds anything else is refused. Of a run that is resumed,
+    checkpoints later than `resume_from` are moved to `checkpoint-<step>.old`: they are no part of what follows.
     """
     save_dir = Path(save_dir).resolve()
     if is_main():
-        if not resume and save_dir.is_dir() and any(save_dir.iterdir()):
+        for folder in complete_checkpoints(save_dir) if resume_from else []:
+            if step_of(folder) > step_of(resume_from):
+                old = folder.with_name(folder.name + ".old")
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+                say(f"{folder.name} 在 {resume_from.name} 之后，已移到 {old}")
+        if not resume_from and save_dir.is_dir() and any(save_dir.iterdir()):
             if not any(
                 (save_dir / name).exists() for name in ("train_log.jsonl", "adapter_model", "adapter_model.old")
             ):
@@ -386,11 +467,11 @@ def checkpoint_to_resume(save_dir, resume):
     """
     if resume == "False":
         return None
-    complete = sorted(
-        (p.parent for p in Path(save_dir).glob("checkpoint-[0-9]*/complete")),
-        key=lambda p: int(p.name.rpartition("-")[2]),
-    )
+    complete = complete_checkpoints(save_dir)
     if resume == "True":
+        for folder in sorted(_checkpoints(save_dir), key=step_of):
+            if folder not in complete:
+                say(f"跳过不完整的 {folder}")
         if not complete:
             raise UserError(f"--resume: no complete checkpoint in {save_dir}; train without --resume")
         return complete[-1]
@@ -403,14 +484,73 @@ def checkpoint_to_resume(save_dir, resume):
     return folder
 
 
-def finish_checkpoint(folder, save_total_limit):
-    """Mark a checkpoint as complete (the last thing written) and delete the oldest beyond the limit (0: keep all)."""
+def _checkpoints(save_dir):
+    return [p for p in Path(save_dir).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", p.name)]
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def complete_checkpoints(save_dir):
+    """The folders of the checkpoints in save_dir that were written to their end, by step."""
+    return sorted((p for p in _checkpoints(save_dir) if (p / "complete").is_file()), key=step_of)
+
+
+@contextmanager
+def checkpoint(folder, save_total_limit, run):
+    """Around what writes a resumable checkpoint, on all ranks: only then it is marked as complete, with the facts `run`.
+
+    Then the oldest beyond the limit are deleted (0: keep all). What a save cut short has left in the folder is deleted
+    first, and what this one leaves if it fails.
+    """
+    folder = Path(folder)
     if is_main():
-        (Path(folder) / "complete").touch()
-        steps = sorted(Path(folder).parent.glob("checkpoint-*/complete"), key=lambda p: int(p.parent.name[11:]))
-        for marker in steps[:-save_total_limit] if save_total_limit > 0 else []:
-            marker.unlink()
-            shutil.rmtree(marker.parent)
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    try:
+        with saving(folder):
+            yield
+    except UserError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    dist.barrier()  # until all ranks have written their part
+    if is_main():
+        with saving(folder):
+            (folder / "complete.new").write_text(json.dumps(run) + "\n", encoding="utf-8")
+            (folder / "complete.new").rename(folder / "complete")
+        for old in complete_checkpoints(folder.parent)[:-save_total_limit] if save_total_limit > 0 else []:
+            (old / "complete").unlink()
+            shutil.rmtree(old)
+
+
+def run_facts(args, loader):
+    """What a resumed run must share with the one that it goes on with, or its data order would be another."""
+    batch_size, accumulation, world_size = loader.shape
+    return {
+        "train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "ranks": world_size,
+        "seed": args.seed,
+        "examples": len(loader.examples),
+        "lora_r": args.lora_r,
+        "deepspeed_zero_optimization_stage": zero_stage(args),
+    }
+
+
+def check_resumed(checkpoint, run):
+    """UserError where the facts `run` are not those of the run that wrote the checkpoint."""
+    text = (checkpoint / "complete").read_text(encoding="utf-8")
+    try:
+        written = dict(json.loads(text)) if text.strip() else {}
+    except ValueError:
+        raise UserError(f"{checkpoint}/complete: not what a training run wrote; train without --resume") from None
+    for key, value in run.items():
+        if written.get(key, value) != value:
+            raise UserError(
+                f"--resume: {checkpoint} was written with {key} {written[key]}, this run has {value}; make them equal, or "
+                "train without --resume"
+            )
 
 
 def training_facts(args, records):
@@ -444,14 +584,24 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
         weights = {name: weight.detach().clone() for name, weight in weights.items()}  # not views of one storage
         lora_b = [weight for name, weight in weights.items() if "lora_B" in name]
         assert lora_b and any(weight.abs().max() > 0 for weight in lora_b), "the adapter is empty: nothing was trained"
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise UserError(f"step {step}: the LoRA holds NaN or infinite weights; the adapter saved before is kept")
         target = Path(save_dir) / "adapter_model"
         new, old = target.with_name("adapter_model.new"), target.with_name("adapter_model.old")
-        shutil.rmtree(new, ignore_errors=True)
-        model.save_pretrained(
-            new, safe_serialization=args.safe_serialization, save_embedding_layers=False, state_dict=weights
-        )
-        (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        save_config(args, new / "train_args.json", deepspeed=deepspeed_config, **facts, step=step)
+        try:
+            with saving(target):
+                shutil.rmtree(new, ignore_errors=True)
+                model.save_pretrained(
+                    new, safe_serialization=args.safe_serialization, save_embedding_layers=False, state_dict=weights
+                )
+                (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+                save_config(args, new / "train_args.json", deepspeed=deepspeed_config, **facts, step=step)
+        except UserError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        written = list(_adapter_shapes(new).values())
+        expected = [tuple(weight.shape) for weight in weights.values()]
+        assert sorted(map(tuple, written)) == sorted(expected), "the adapter on disk is not the one in memory"
         if target.exists():  # a folder cannot be renamed over a full one
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -580,7 +730,10 @@ def load_for_inference(
     say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
     model = load_base(base, DTYPES[precision], device)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
+        try:
+            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{adapter}/adapter_config.json: cannot be used ({error}); train it again") from None
         model = model.to(DTYPES[precision])
         model = model.merge_and_unload() if merge else model
     return model.eval(), tokenizer
@@ -596,7 +749,7 @@ def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
         )
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(base, local_files_only=True)
+            AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         ).state_dict()
     for name, shape in _adapter_shapes(adapter).items():
         module, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
@@ -611,10 +764,16 @@ def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
 
 
 def _adapter_shapes(adapter):
-    if (adapter / "adapter_model.safetensors").is_file():
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    path = adapter / "adapter_model.bin"
-    if not path.is_file():
-        raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")
-    return {name: tuple(tensor.shape) for name, tensor in torch.load(path, weights_only=True, mmap=True).items()}
+    """{name: shape} of an adapter's file. A pickle is only read as tensors: it runs nothing."""
+    path = adapter / "adapter_model.safetensors"
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_slice(name).get_shape() for name in file.keys()}
+        path = adapter / "adapter_model.bin"
+        if path.is_file():
+            return {name: tuple(t.shape) for name, t in torch.load(path, weights_only=True, mmap=True).items()}
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: not the tensors of an adapter ({first}); train or download it again") from None
+    raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")

@@ -73,6 +73,12 @@ class TrainLoader:
         size = math.prod(self.shape)
         return min(size, len(self.examples) - step % self.steps_per_epoch * size)
 
+    def lines(self, step):
+        """Where the examples of a 0-based optimizer step, those of all ranks, stand in their file."""
+        epoch, index = divmod(step, self.steps_per_epoch)
+        parts = next(islice(optimizer_steps(len(self.examples), *self.shape, self.seed, epoch), index, None))
+        return sorted(self.examples[i].line for rank in parts for part in rank for i in part)
+
     def __iter__(self):
         """The rest of the epoch. A thread lays out the next batch while the device computes this one."""
         batches = self._batches()

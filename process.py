@@ -3,6 +3,7 @@
     python process.py
     python process.py --data_name=msra --train_file=msra_train.txt --dev_file=msra_dev.txt
     python process.py --data_name=mine --dev_size=500 --labels=PER:人名,LOC:地名,ORG:机构名,TIME:时间
+    python process.py --data_name=mine --audit_only=True           # check what it wrote, as the trainers will
 
 Reads data/<data_name>/ori_data/{train,dev}.txt, in one of two formats:
 
@@ -27,8 +28,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from audit import audit
 from config_utils import UserError, run_script
-from dataset import INSTRUCT, QUERY_PREFIX, format_answer, read_jsonl, read_lines
+from dataset import INSTRUCT, QUERY_PREFIX, format_answer, load_tokenizer, read_jsonl, read_lines
 
 CONFIG = {
     "data_name": "demo",  # folder under data/
@@ -41,6 +43,9 @@ CONFIG = {
     "labels": ["PER:人名", "LOC:地名", "ORG:机构名"],  # tag:name; a name may not contain _
     "keep_leaked": False,  # keep sentences in train that dev holds too
     "seed": 42,  # of dev_size's draw
+    "audit_only": False,  # write nothing, only check data/<data_name>/instruct_data/ as the trainers do
+    "model_dir": "./model_hub/chinese-alpaca-tiny",  # whose tokenizer the audit counts with
+    "max_seq_length": 512,  # tokens of prompt + answer; the audit says how many rows are longer
 }
 
 SHOWN = 20  # problems of one kind that are printed one by one; the rest is only counted
@@ -249,6 +254,11 @@ def summary(path, examples, names):
 
 
 def main(args):
+    if args.audit_only:
+        folder = Path("data") / args.data_name / "instruct_data"
+        tokenizer = load_tokenizer(args.model_dir)
+        audit((folder / "train.txt", folder / "dev.txt"), tokenizer, args.max_seq_length, out=sys.stdout)
+        return
     labels = read_labels(args.labels)
     if args.format not in ("auto", "jsonl", "bio"):
         raise UserError(f"--format: expected auto, jsonl or bio, got {args.format!r}")

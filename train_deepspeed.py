@@ -15,8 +15,9 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
+from audit import load_audited_data
 from config_utils import run_script
-from dataset import load_instruct_data, load_tokenizer
+from dataset import load_tokenizer
 from generation import evaluate_f1
 from modeling import (
     DTYPES,
@@ -24,18 +25,24 @@ from modeling import (
     TrainLog,
     add_lora,
     answer_loss,
+    catch_sigterm,
     check_options,
+    check_resumed,
+    checkpoint,
     checkpoint_to_resume,
     compile_for_training,
     describe_device,
+    end_by_sigterm,
+    end_of_step,
     evaluate_loss,
-    finish_checkpoint,
     init_distributed,
     load_base,
     make_scheduler,
     resolve_precision,
+    run_facts,
     save_adapter,
     say,
+    seed_step,
     start_run,
     training_facts,
 )
@@ -95,8 +102,7 @@ def main(args):
     check_options(args)
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
-    train_records, train_set = load_instruct_data(train_path, tokenizer, args)
-    dev_records, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    (train_records, train_set), (dev_records, dev_set) = load_audited_data(train_path, dev_path, tokenizer, args)
     facts = training_facts(args, train_records)
 
     device, rank, world_size = init_distributed()
@@ -108,6 +114,9 @@ def main(args):
         train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
     )
     total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * loader.steps_per_epoch
+    run = run_facts(args, loader)
+    if resume_from:
+        check_resumed(resume_from, run)
 
     model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
     compile_for_training(model, loader, args, tokenizer.pad_token_id, device)
@@ -126,8 +135,8 @@ def main(args):
     def save():
         if args.best == "last":
             save_adapter(model, save_dir, args, ds_config, facts, step)
-        engine.save_checkpoint(str(save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
-        finish_checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit)
+        with checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit, run):
+            engine.save_checkpoint(str(save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
 
     def evaluate():
         batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
@@ -138,13 +147,15 @@ def main(args):
         if best.improves(scores):
             save_adapter(model, save_dir, args, ds_config, {**facts, **scores}, step)
 
-    start_run(save_dir, resume=resume_from is not None)
+    start_run(save_dir, resume_from)
     best = BestScore(save_dir, args.best)
-    log = TrainLog(save_dir, total_steps, step)
-    loss_sum, logged_steps = 0.0, 0
+    log, sigterm = TrainLog(save_dir, total_steps, step), catch_sigterm()
+    loss_sum, logged_steps, at_step_end = 0.0, 0, True
     while step < total_steps:
         loader.seek(step)
         for batch in loader:
+            if at_step_end:
+                seed_step(args.seed, step, rank)
             # DeepSpeed averages gradients over ranks; the loss is a share of the step's mean over all ranks.
             loss = answer_loss(engine, **batch) * world_size
             engine.backward(loss, scale_wrt_gas=False)
@@ -157,6 +168,7 @@ def main(args):
 
             step, logged_steps = step + 1, logged_steps + 1
             log.step(loader.examples_in_step(step - 1))
+            stop = end_of_step(loss_sum, sigterm, loader, step, lr, train_path)
             if step % args.log_steps == 0 or step == total_steps:
                 mean = loss_sum / logged_steps
                 if world_size > 1:
@@ -166,8 +178,10 @@ def main(args):
             at_end = step == total_steps
             if args.eval_steps > 0 and (step % args.eval_steps == 0 or at_end):
                 evaluate()
-            if at_end or (args.save_steps > 0 and step % args.save_steps == 0):
+            if stop or at_end or (args.save_steps > 0 and step % args.save_steps == 0):
                 save()
+            if stop and not at_end:
+                end_by_sigterm(step)
             if at_end:
                 break
     log.close()

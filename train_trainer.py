@@ -16,8 +16,9 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from audit import load_audited_data
 from config_utils import run_script
-from dataset import load_instruct_data, load_tokenizer
+from dataset import load_tokenizer
 from generation import evaluate_f1
 from modeling import (
     DTYPES,
@@ -25,19 +26,26 @@ from modeling import (
     TrainLog,
     add_lora,
     answer_loss,
+    catch_sigterm,
     check_options,
+    check_resumed,
+    checkpoint,
     checkpoint_to_resume,
     compile_for_training,
     describe_device,
+    end_by_sigterm,
+    end_of_step,
     evaluate_loss,
-    finish_checkpoint,
     init_distributed,
     load_base,
     make_scheduler,
     resolve_precision,
+    run_facts,
     save_adapter,
     say,
+    seed_step,
     start_run,
+    step_of,
     training_facts,
 )
 from packing import TrainLoader, eval_batches, make_collate
@@ -88,11 +96,12 @@ CONFIG = {
 
 
 class AdapterTrainer(Trainer):
-    """The stock Trainer with four methods replaced, each for one reason."""
+    """The stock Trainer with six methods replaced, each for one reason."""
 
-    def __init__(self, loader, save, evaluate, scheduler, **kwargs):
+    def __init__(self, loader, save, evaluate, scheduler, checkpoint, losses, **kwargs):
         super().__init__(**kwargs)
         self.loader, self.save, self.evaluate_dev, self.scheduler = loader, save, evaluate, scheduler
+        self.checkpoint, self.losses = checkpoint, losses
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
 
     def get_train_dataloader(self):
@@ -107,7 +116,14 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Replaced: loss over the answer tokens of the whole optimizer step. DeepSpeed averages it over ranks."""
-        return answer_loss(model, **inputs) * self.args.world_size
+        loss = answer_loss(model, **inputs) * self.args.world_size
+        self.losses.append(loss.detach())
+        return loss
+
+    def _save_checkpoint(self, model, trial):
+        """Replaced: the checkpoint is marked when it is whole, and a full disk is one line."""
+        with self.checkpoint(self.state.global_step):
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Replaced: only the adapter, whole or not at all; the stock method copies the base to the CPU first."""
@@ -121,17 +137,23 @@ class AdapterTrainer(Trainer):
 
 
 class LogCallback(TrainerCallback):
-    """Progress bar, log line, train_log.jsonl and the mark of a complete checkpoint."""
+    """Progress bar, log line, train_log.jsonl, and what begins and ends a step."""
 
-    def __init__(self, log, loader, save_dir, save_total_limit):
-        self.log, self.loader, self.save_dir, self.save_total_limit = log, loader, Path(save_dir), save_total_limit
-        self.lr = 0.0
+    def __init__(self, log, loader, losses, train_path):
+        self.log, self.loader, self.losses, self.train_path = log, loader, losses, train_path
+        self.lr, self.sigterm, self.stop = 0.0, catch_sigterm(), False
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self.lr = lr_scheduler.get_last_lr()[0]  # when Trainer logs, DeepSpeed has moved on to the next step's
+        self.losses.clear()
+        seed_step(args.seed, state.global_step, args.process_index)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.log.step(self.loader.examples_in_step(state.global_step - 1))
+        loss = sum(self.losses)
+        self.stop = end_of_step(loss, self.sigterm, self.loader, state.global_step, self.lr, self.train_path)
+        if self.stop:
+            control.should_save = control.should_training_stop = True
         if state.global_step == state.max_steps:
             control.should_log = True
 
@@ -139,9 +161,6 @@ class LogCallback(TrainerCallback):
         if "loss" in logs:
             epoch = state.global_step / self.loader.steps_per_epoch
             self.log.write({"step": state.global_step, "epoch": epoch, "loss": logs["loss"], "lr": self.lr})
-
-    def on_save(self, args, state, control, **kwargs):
-        finish_checkpoint(self.save_dir / f"checkpoint-{state.global_step}", self.save_total_limit)
 
 
 def trainer_names(params):
@@ -162,8 +181,7 @@ def main(args):
     check_options(args)
     resume_from = checkpoint_to_resume(save_dir, args.resume)
     tokenizer = load_tokenizer(args.model_dir)
-    train_records, train_set = load_instruct_data(train_path, tokenizer, args)
-    dev_records, dev_set = load_instruct_data(dev_path, tokenizer, args)
+    (train_records, train_set), (dev_records, dev_set) = load_audited_data(train_path, dev_path, tokenizer, args)
     facts = training_facts(args, train_records)
 
     device, rank, world_size = init_distributed()
@@ -175,6 +193,9 @@ def main(args):
         train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
     )
     total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * loader.steps_per_epoch
+    run = run_facts(args, loader)
+    if resume_from:
+        check_resumed(resume_from, run)
 
     training_args = TrainingArguments(
         output_dir=str(save_dir),
@@ -202,10 +223,11 @@ def main(args):
 
     model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
     compile_for_training(model, loader, args, tokenizer.pad_token_id, device)
-    first_step = int(resume_from.name.rpartition("-")[2]) if resume_from else 0
-    start_run(save_dir, resume=resume_from is not None)
+    first_step = step_of(resume_from) if resume_from else 0
+    start_run(save_dir, resume_from)
     best = BestScore(save_dir, args.best)
-    log = TrainLog(save_dir, total_steps, first_step)
+    log, losses = TrainLog(save_dir, total_steps, first_step), []
+    log_callback = LogCallback(log, loader, losses, train_path)
     loader.seek(first_step)
 
     def evaluate(step):
@@ -231,7 +253,9 @@ def main(args):
         save=save,
         evaluate=evaluate,
         scheduler=partial(make_scheduler, args=args, total_steps=total_steps),
-        callbacks=[LogCallback(log, loader, save_dir, args.save_total_limit)],
+        checkpoint=lambda step: checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit, run),
+        losses=losses,
+        callbacks=[log_callback],
     )
     trainer.remove_callback(PrinterCallback)
     if resume_from:
@@ -239,6 +263,8 @@ def main(args):
     if first_step < total_steps:  # else Trainer would take one step more
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     log.close()
+    if log_callback.stop and trainer.state.global_step < total_steps:
+        end_by_sigterm(trainer.state.global_step)
     say(f"LoRA 已保存到 {Path(save_dir) / 'adapter_model'}")
     dist.destroy_process_group()
 

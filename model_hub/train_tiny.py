@@ -408,7 +408,10 @@ def greedy_answers(model, vocabulary, prompts, new_tokens=120):
 def report(output_dir, seed, count):
     """The figures of README.md, from the files that were written."""
     base = read_base(output_dir / FOLDERS["base"])
-    adapters = {stage: torch.load(output_dir / FOLDERS[stage] / "adapter_model.bin") for stage in ("llama", "alpaca")}
+    adapters = {
+        stage: torch.load(output_dir / FOLDERS[stage] / "adapter_model.bin", weights_only=True)
+        for stage in ("llama", "alpaca")
+    }
     with_llama = merged(base, adapters["llama"])
     candidates = {
         "base": (base, "base"),

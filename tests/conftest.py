@@ -199,6 +199,7 @@ def training_options(base_dir):
         "--data_name=mine",
         f"--model_dir={base_dir}",
         "--precision=fp32",
+        "--lora_dropout=0.1",
         "--deepspeed_optimizer_params_lr=1e-3",
         "--max_steps=50",
         "--warmup_ratio=0.1",

@@ -117,7 +117,14 @@ def test_read_examples(tmp_path):
     path = write_jsonl(tmp_path / "data.txt", records)
     path.write_text("\ufeff" + path.read_text(encoding="utf-8").replace("\n", "\r\n"), encoding="utf-8", newline="")
     first, second = read_examples(path)
-    assert first == {"instruct": "指", "query": "文本：甲_乙", "answer": "没有", "text": "甲_乙", "entities": None}
+    assert first == {
+        "instruct": "指",
+        "query": "文本：甲_乙",
+        "answer": "没有",
+        "text": "甲_乙",
+        "entities": None,
+        "line": 1,
+    }
     assert second["entities"] == records[1]["entities"] and second["text"] == records[1]["text"]
 
 
@@ -134,6 +141,14 @@ def test_read_examples(tmp_path):
         (b'{"instruct": "a", "query": "b", "answer": "\\ud83d"}\n', r"data.txt:1: half a character"),
         (b'{"instruct": "a", "query": "b", "answer": "c", "text": 3}\n', r"data.txt:1: `text` must be a string, got 3"),
         (b'{"instruct": "a", "query": "b", "answer": "c", "entities": ["d"]}\n', r"data.txt:1: `entities` must be obj"),
+        (b'{"instruct": "a", "query": "b", "answer": "c", "entities": 3}\n', r"data.txt:1: `entities` must be a list"),
+        (
+            b'{"instruct": "a", "query": "b", "answer": "c", "entities": '
+            b'[{"entity": "b", "type": "d", "begin": "0", "end": 1}]}\n',
+            r"data.txt:1: .*two strings, two integers",
+        ),
+        (b'{"instruct": ' + b"[" * 100_000, r"data.txt:1: not JSON that can be read"),
+        (b'{"instruct": ' + b"1" * 5000 + b"}", r"data.txt:1: not JSON that can be read"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
@@ -229,10 +244,9 @@ def example(prompt, answer):
     return TokenizedExample(list(range(10, 10 + prompt)), [*range(30, 30 + answer - 1), EOS])
 
 
-def test_nothing_is_cut(capsys):
+def test_nothing_is_cut():
     examples = [example(5, 2), example(9, 2), example(4, 4)]
     assert fit_length(examples, "f", 8) == [examples[0], examples[2]]
-    assert "1 / 3" in capsys.readouterr().err
     with pytest.raises(UserError, match="f: 1 of 3 examples exceed max_seq_length=8; the longest has 11 tokens"):
         fit_length(examples, "f", 8, "error")
     with pytest.raises(UserError, match="f: no example fits into max_seq_length=3"):

@@ -1,0 +1,96 @@
+"""Two ranks on one CPU, through the deepspeed launcher: the same run as one rank's.
+
+python -m pytest tests/test_ranks.py
+STAGES=0,1,2,3 python -m pytest tests/test_ranks.py         # every ZeRO stage in both trainers; 1 and 3 without it
+"""
+
+import os
+import shutil
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import ROOT, make_records, read_log, run_script, write_jsonl
+
+RUNS = [("train_deepspeed", 1), ("train_trainer", 3)]
+if os.environ.get("STAGES"):
+    RUNS = [(t, int(stage)) for t in ("train_deepspeed", "train_trainer") for stage in os.environ["STAGES"].split(",")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """19 rows: an epoch is three steps of 6, and one of 1, in which five of the six micro-batches are empty."""
+    folder = tmp_path_factory.mktemp("ranks")
+    write_jsonl(folder / "train.txt", make_records(19, 3))
+    write_jsonl(folder / "dev.txt", make_records(5, 4))
+    return folder
+
+
+def options(base_dir, run):
+    return [
+        f"--model_dir={base_dir}",
+        "--train_path=train.txt",
+        "--dev_path=dev.txt",
+        f"--save_dir={run}",
+        "--precision=fp32",
+        "--deepspeed_optimizer_params_lr=1e-3",
+        "--max_steps=9",
+        "--log_steps=1",
+        "--eval_steps=9",
+        "--save_steps=5",
+    ]
+
+
+def two_ranks():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return [shutil.which("deepspeed"), "--num_accelerators=2", f"--master_port={free.getsockname()[1]}"]
+
+
+@pytest.fixture(scope="module")
+def alone(folder, base_dir):
+    run_script("train_deepspeed.py", *options(base_dir, "alone"), "--train_batch_size=6", cwd=folder)
+    return folder / "alone"
+
+
+@pytest.mark.parametrize("trainer, stage", RUNS)
+def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
+    """Losses, dev loss and adapter to 1e-4: also of the last step of an epoch, so each row is seen once."""
+    run = folder / f"{trainer}-{stage}"
+    parts = ["--train_batch_size=1", "--gradient_accumulation_steps=3"]
+    parts += [f"--deepspeed_zero_optimization_stage={stage}"]
+    run_script(f"{trainer}.py", *options(base_dir, run.name), *parts, cwd=folder, launcher=two_ranks())
+    one, two = read_log(alone), read_log(run)
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [*range(1, 10), 9]  # rank 0 alone writes
+    for key in ("loss", "eval_loss", "lr"):
+        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), key
+    first, second = (load_file(r / "adapter_model" / "adapter_model.safetensors") for r in (alone, run))
+    assert first.keys() == second.keys() and all(tensor.numel() for tensor in second.values())
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-4), (name, (tensor - second[name]).abs().max())
+
+
+def test_one_dying_rank_ends_the_run_with_its_message(folder, base_dir):
+    script = folder / "dying.py"
+    script.write_text(
+        f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
+import modeling
+def seed_step(seed, step, rank):
+    if step == 3 and rank == 1:
+        raise RuntimeError("what rank 1 died of")
+modeling.seed_step = seed_step
+runpy.run_path({str(ROOT / "train_deepspeed.py")!r}, run_name="__main__")
+""",
+        encoding="utf-8",
+    )
+    start = time.time()
+    more = ["--train_batch_size=1", "--max_steps=100000"]
+    result = run_script(script, *options(base_dir, "dying"), *more, cwd=folder, launcher=two_ranks(), check=False)
+    assert result.returncode not in (0, 143) and "what rank 1 died of" in result.stderr + result.stdout
+    assert time.time() - start < 120  # 100,000 steps take longer, and so does a rank that waits for another

@@ -1,0 +1,219 @@
+"""What a training run survives: SIGTERM, SIGKILL, a full disk, NaN; and that resuming is exact.
+
+python -m pytest tests/test_survival.py
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import modeling
+from config_utils import UserError
+from conftest import ROOT, read_log, run_script, training_options
+from modeling import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
+
+TRAINERS = ("train_deepspeed", "train_trainer")
+# Runs a script, and kills it when the new adapter is about to be moved to where the old one was.
+KILLED_BETWEEN_RENAMES = """
+import os, pathlib, runpy, signal, sys
+rename = pathlib.Path.rename
+def killed(self, target):
+    if self.name == "adapter_model.new":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+pathlib.Path.rename = killed
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def adapter_of(run):
+    return load_file(run / "adapter_model" / "adapter_model.safetensors")
+
+
+def assert_same_adapter(first, second):
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def errors_of(result):
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-4000:]
+    return [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_terminated_killed_and_resumed_equals_uninterrupted(workspace, base_dir, tmp_path, trainer):
+    """SIGTERM in the middle, then SIGKILL between the adapter's two renames, then to the end: every loss and the
+    adapter are those of the run that nothing happened to, dropout included."""
+    done, run = workspace / "checkpoint" / "mine" / trainer, tmp_path / "run"
+    options = [*training_options(base_dir), f"--save_dir={run}"]
+    command = [sys.executable, str(ROOT / f"{trainer}.py"), *options]
+    with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        log = run / "train_log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        stderr = process.communicate(timeout=120)[1]
+    assert process.returncode == 143 and "收到 SIGTERM" in stderr, stderr
+    (folder,) = complete_checkpoints(run)
+    stopped = modeling.step_of(folder)
+    assert 3 <= stopped < 50 and len([r for r in read_log(run) if "loss" in r]) == stopped
+
+    launcher = [sys.executable, "-c", KILLED_BETWEEN_RENAMES]
+    result = run_script(f"{trainer}.py", *options, "--resume", cwd=workspace, launcher=launcher, check=False)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert not (run / "adapter_model").exists()
+    loaded = modeling._adapter_or_old(run / "adapter_model")
+    assert json.loads((loaded / "train_args.json").read_text(encoding="utf-8"))["step"] == stopped
+    run_script(f"{trainer}.py", *options, "--resume", cwd=workspace)
+    losses = [{row["step"]: row for row in read_log(where) if "loss" in row} for where in (run, done)]
+    assert losses[0] == losses[1] and len(losses[0]) == 50
+    assert_same_adapter(adapter_of(run), adapter_of(done))
+    assert sorted(p.name for p in run.glob("adapter_model*")) == ["adapter_model"]
+
+
+@pytest.mark.parametrize("trainer, size", [("train_deepspeed", 10_000), ("train_trainer", 60_000)])
+def test_full_disk_keeps_what_was_saved(workspace, base_dir, tmp_path, trainer, size):
+    """No file may be larger than `size` bytes: too little for the adapter, then enough for it, but not for the state."""
+    run = tmp_path / "run"
+    shutil.copytree(workspace / "checkpoint" / "mine" / trainer, run)
+    shutil.rmtree(run / "checkpoint-50")
+    before = adapter_of(run)
+    (run / "adapter_model" / "of_before").touch()
+    adapter_size = (run / "adapter_model" / "adapter_model.safetensors").stat().st_size
+    assert (size < adapter_size) == (trainer == "train_deepspeed")
+    result = subprocess.run(
+        [sys.executable, str(ROOT / f"{trainer}.py"), *training_options(base_dir), f"--save_dir={run}", "--resume"],
+        cwd=workspace,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    (error,) = errors_of(result)
+    what = "adapter_model" if trainer == "train_deepspeed" else "checkpoint-50"
+    assert re.search(rf"{what}: cannot be written \(.*; free some space there, then go on with --resume", error), error
+    assert [p.name for p in complete_checkpoints(run)] == ["checkpoint-40"]
+    assert not (run / "checkpoint-50").exists() and not (run / "adapter_model.new").exists()
+    assert (run / "adapter_model" / "of_before").exists() == (trainer == "train_deepspeed")
+    assert_same_adapter(adapter_of(run), before)  # also the Trainer's, which is the same step's
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_loss_that_is_no_number_ends_the_run(workspace, base_dir, tmp_path, trainer):
+    options = ["--deepspeed_optimizer_params_lr=1e30", "--warmup_ratio=0", "--max_steps=9", "--save_steps=1"]
+    options += [f"--save_dir={tmp_path}/run", "--eval_steps=-1"]
+    result = run_script(f"{trainer}.py", *training_options(base_dir), *options, cwd=workspace, check=False)
+    (error,) = errors_of(result)
+    found = re.search(
+        r"step (\d+): the loss is NaN or infinite \(learning rate (\S+); \S+train.txt, lines (.*?)\)", error
+    )
+    assert found, error
+    assert int(found[1]) == 2 and float(found[2]) == pytest.approx(1e30 * 8 / 9, rel=0.01)
+    lines = [int(line) for line in found[3].split(", ")]
+    assert len(set(lines)) == 6 and all(1 <= line <= 205 for line in lines)
+    assert all(weight.isfinite().all() for weight in adapter_of(tmp_path / "run").values())
+
+
+def test_lines_of_a_step_are_those_of_the_file(base_dir, instruct_data):
+    from dataset import encode_examples, load_tokenizer, read_examples
+    from packing import TrainLoader
+
+    examples = encode_examples(load_tokenizer(base_dir), read_examples(instruct_data / "train.txt"))
+    loaders = [TrainLoader(examples, 2, 3, lambda part: [e.line for e in part], 42, rank, 2) for rank in range(2)]
+    size = loaders[0].steps_per_epoch
+    for epoch in range(2):
+        batches = []
+        for loader in loaders:
+            loader.set_epoch(epoch)
+            batches.append([batch["rows"] for batch in loader])
+        for step in range(size):
+            seen = [line for rank in batches for part in rank[3 * step : 3 * step + 3] for line in part]
+            assert loaders[0].lines(epoch * size + step) == sorted(seen)
+        assert sorted(line for rank in batches for part in rank for line in part) == list(range(1, 206))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    monkeypatch.setattr(modeling.dist, "barrier", lambda: None)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def write_checkpoint(run, step, limit=2, facts=None):
+    with checkpoint(run / f"checkpoint-{step}", limit, facts or {}):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        (run / f"checkpoint-{step}" / "state").write_text(str(step), encoding="utf-8")
+
+
+def test_rotation_keeps_the_newest_and_never_the_incomplete_instead(tmp_path, alone):
+    for step in (5, 10, 100):
+        write_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-200").mkdir()  # cut short
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    write_checkpoint(tmp_path, 300, limit=1)
+    assert [p.name for p in complete_checkpoints(tmp_path)] == ["checkpoint-300"]
+    write_checkpoint(tmp_path, 400, limit=0)
+    assert len(complete_checkpoints(tmp_path)) == 2
+
+
+def test_a_save_that_fails_rotates_nothing_and_leaves_nothing(tmp_path, alone):
+    write_checkpoint(tmp_path, 5, limit=1)
+    with pytest.raises(UserError, match="checkpoint-10: cannot be written .*No space left.* --resume"):
+        with checkpoint(tmp_path / "checkpoint-10", 1, {}):
+            (tmp_path / "checkpoint-10").mkdir()
+            raise OSError(28, os.strerror(28))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_bug_is_not_called_a_full_disk(tmp_path, alone):
+    with pytest.raises(RuntimeError, match="shapes"):
+        with checkpoint(tmp_path / "checkpoint-10", 1, {}):
+            raise RuntimeError("shapes do not match")
+
+
+def test_incomplete_checkpoints_are_skipped_by_name(tmp_path, alone, capsys):
+    write_checkpoint(tmp_path, 5)
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-20.old").mkdir()
+    assert checkpoint_to_resume(tmp_path, "True") == tmp_path / "checkpoint-5"
+    assert f"跳过不完整的 {tmp_path / 'checkpoint-10'}" in capsys.readouterr().err
+
+
+def test_resuming_an_earlier_step_puts_the_later_ones_aside(tmp_path, alone):
+    """Else rotation would delete the checkpoint that was just written, and keep those of another course."""
+    for step in (5, 10, 15):
+        write_checkpoint(tmp_path, step, limit=0)
+    start_run(tmp_path, checkpoint_to_resume(tmp_path, "5"))
+    write_checkpoint(tmp_path, 8, limit=1)
+    assert checkpoint_to_resume(tmp_path, "True") == tmp_path / "checkpoint-8"
+    assert (tmp_path / "checkpoint-15.old" / "state").read_text(encoding="utf-8") == "15"
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, alone):
+    write_checkpoint(tmp_path, 5, facts={"train_batch_size": 12, "ranks": 2})
+    check_resumed(tmp_path / "checkpoint-5", {"train_batch_size": 12, "ranks": 2})
+    with pytest.raises(UserError, match="checkpoint-5 was written with ranks 2, this run has 1; make them equal"):
+        check_resumed(tmp_path / "checkpoint-5", {"train_batch_size": 12, "ranks": 1})
+    (tmp_path / "checkpoint-5" / "complete").write_text("?", encoding="utf-8")
+    with pytest.raises(UserError, match="complete: not what a training run wrote"):
+        check_resumed(tmp_path / "checkpoint-5", {"ranks": 1})
+
+
+def test_old_marker_is_accepted(tmp_path):
+    (tmp_path / "complete").touch()
+    assert check_resumed(Path(tmp_path), {"ranks": 1}) is None
