@@ -1,0 +1,244 @@
+"""How fast answers are generated, side by side in one run: the way people generate them, and ours.
+
+    python benchmarks/generate_speed.py                                # CPU: the tiny model with the shipped adapter
+    python benchmarks/generate_speed.py --precision=fp32
+    python benchmarks/generate_speed.py --shape=7b --corpus=msra_train.txt --tokenizer=tokenizer.model
+
+--shape=7b makes a randomly initialised model of LLaMA 7B's shape on the GPU. It would answer nonsense of any length, so
+there every answer is forced to be the right one: the same lengths, and the same masks, as a good model's.
+
+how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
+left, similar lengths together), ours (generation.py without a constraint), constrained (with it). LoRA is merged for
+all. Prints a table and writes benchmarks/results/generate_speed-<device>-<precision>.json, a list of {"how", "batch",
+"examples", "examples_per_second", "ms_per_step", "same_answers", "constraint_share", "bandwidth_share", "peak_gib"}.
+
+same_answers: the share that equals single's. constraint_share: of the time, spent on the constraint. bandwidth_share:
+on a GPU, of the time, what reading from memory once per step the weights and the rows' cache takes at the rate at which
+it copies memory; a step that reads prompts has more to do than that.
+"""
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import constraint
+import generation
+from config_utils import UserError, run_script
+from dataset import (
+    EOS,
+    INSTRUCT,
+    QUERY_PREFIX,
+    encode_examples,
+    format_answer,
+    load_tokenizer,
+    read_examples,
+    read_jsonl,
+    save_tokenizer,
+)
+from modeling import DTYPES, find_adapter, load_for_inference, pick_precision, say
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = {
+    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b (random weights, 13 GB of memory)
+    "batch": [64],  # rows at a time
+    "how": ["single", "padded", "ours", "constrained"],  # see above
+    "examples": 200,  # how many are answered; with --shape=7b: 20 times as many where a batch is
+    "precision": "auto",  # auto | bf16 | fp16 | fp32
+    "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's dev set
+    "tokenizer": None,  # a tokenizer.model, needed for --shape=7b
+}
+LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
+SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+MAX_NEW_TOKENS = 512
+
+
+def read_corpus(path):
+    """A raw JSON-lines corpus as examples."""
+    instruct = INSTRUCT.replace("{labels}", "、".join(LABELS.values()))
+    for _, record in read_jsonl(path):
+        entities = [
+            {"entity": e["entity"], "type": LABELS[e["entity_type"]], **e["entity_index"]}
+            for e in record["entity_list"]
+        ]
+        query, answer = QUERY_PREFIX + record["text"], format_answer(entities)
+        yield {"instruct": instruct, "query": query, "answer": answer, "text": record["text"], "entities": None}
+
+
+def prepare(args, device):
+    """(model, tokenizer, examples)"""
+    if args.shape == "tiny":
+        adapter, train_args, facts = find_adapter("demo", "auto")
+        model, tokenizer = load_for_inference(
+            adapter, train_args, facts, None, None, args.precision, device, merge=True
+        )
+        path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
+        return model, tokenizer, list(read_corpus(path)) if args.corpus else read_examples(path)
+    if args.shape != "7b" or not args.tokenizer or not args.corpus:
+        raise UserError("--shape: expected tiny, or 7b with --tokenizer=<tokenizer.model> and --corpus=<JSON lines>")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_tokenizer(args.tokenizer, ROOT / "benchmarks" / "work" / "tokenizer")
+    tokenizer = load_tokenizer(ROOT / "benchmarks" / "work" / "tokenizer")
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPE_7B)
+    torch.manual_seed(0)
+    torch.set_default_dtype(DTYPES[pick_precision(args.precision, device)])
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False), tokenizer, list(read_corpus(args.corpus))
+
+
+def copy_rate(device):
+    """Bytes a second that the device reads, and as many that it writes meanwhile, both counted."""
+    source = torch.ones(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(12):
+        wait(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        times.append(time.perf_counter() - start)
+    return 2 * len(source) / sorted(times)[len(times) // 2]
+
+
+def wait(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def with_transformers(model, tokenizer, examples, batch, forced):
+    """Texts by model.generate, batch examples at a time; `forced`: as long as the right answers."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
+    texts = [None] * len(examples)
+    for start in tqdm(range(0, len(order), batch), desc="generate", dynamic_ncols=True):
+        chunk = order[start : start + batch]
+        prompts = [examples[i].prompt_ids for i in chunk]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+        new = max(len(examples[i].answer_ids) for i in chunk) if forced else MAX_NEW_TOKENS
+        options = {"max_new_tokens": new, "min_new_tokens": new if forced else None, "do_sample": False}
+        with torch.inference_mode():
+            output = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=EOS, pad_token_id=0, **options)
+        for i, row in zip(chunk, output[:, longest:].tolist(), strict=True):
+            texts[i] = tokenizer.decode(row[: row.index(EOS)] if EOS in row else row)
+    return texts
+
+
+class ForcedRow(generation.Row):
+    """A row that says the right answer, whatever the model prefers."""
+
+    answers = []
+
+    def add(self, token, log_probability, piece):
+        token = self.answers[self.number][len(self.ids) - len(self.prompt)]
+        super().add(token, log_probability, self.pieces[token])
+
+
+@contextmanager
+def watched(forced, examples, tokenizer):
+    """Count what generation.py does meanwhile: {"steps", "tokens_read" from the cache, "constraint": seconds}."""
+    counts = {"steps": 0, "tokens_read": 0, "constraint": 0.0}
+    originals = [(generation.Batch, "_read"), (generation, "Row"), (generation, "forbid")]
+    originals += [(constraint.AnswerGrammar, name) for name in ("matchers", "masks")]
+    originals = [(holder, name, getattr(holder, name)) for holder, name in originals]
+
+    def timed(function):
+        def call(*args):
+            start = time.perf_counter()
+            try:
+                return function(*args)
+            finally:
+                counts["constraint"] += time.perf_counter() - start
+
+        return call
+
+    def read(batch, rows):
+        counts["steps"] += 1
+        counts["tokens_read"] += sum(row.read for row in rows)
+        return originals[0][2](batch, rows)
+
+    generation.Batch._read, generation.forbid = read, timed(generation.forbid)
+    for name in ("matchers", "masks"):
+        setattr(constraint.AnswerGrammar, name, timed(getattr(constraint.AnswerGrammar, name)))
+    if forced:
+        ForcedRow.answers, ForcedRow.pieces = [e.answer_ids for e in examples], tokenizer.token_bytes
+        generation.Row = ForcedRow
+    try:
+        yield counts
+    finally:
+        for holder, name, value in originals:
+            setattr(holder, name, value)
+
+
+def main(args):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    precision, forced = pick_precision(args.precision, device), args.shape == "7b"
+    model, tokenizer, records = prepare(args, device)
+    rate = copy_rate(device)
+    config = model.config
+    read_once = sum(p.numel() * p.element_size() for p in [*model.model.layers.parameters(), model.lm_head.weight])
+    size = config.hidden_size // config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
+    grammar = constraint.AnswerGrammar(tokenizer, LABELS.values())
+    say(f"{name}, {precision}: {rate / 1e9:.0f} GB/s copied, {read_once / 1e9:.2f} GB of weights a step")
+
+    results, single = [], None
+    for batch, how in [(1, "single"), *((batch, how) for batch in args.batch for how in args.how if how != "single")]:
+        if how not in args.how:
+            continue
+        chosen = records[: args.examples * (20 if forced and how != "single" else 1)]
+        examples, texts = encode_examples(tokenizer, chosen), [record["text"] for record in chosen]
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for measured in (False, True):  # once for the warm-up
+            part = slice(None) if measured else slice(min(8, len(chosen)))
+            with watched(forced, examples[part], tokenizer) as counts:
+                wait(device)
+                start = time.perf_counter()
+                if how in ("single", "padded"):
+                    answers = with_transformers(model, tokenizer, examples[part], batch, forced)
+                else:
+                    prompts = [example.prompt_ids for example in examples[part]]
+                    rules = (grammar, texts[part]) if how == "constrained" else ()
+                    answers = [
+                        a.text for a in generation.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch, *rules)
+                    ]
+                wait(device)
+                seconds = time.perf_counter() - start
+        row = {
+            "how": how,
+            "batch": batch,
+            "examples": len(chosen),
+            "examples_per_second": round(len(chosen) / seconds, 2),
+        }
+        single = answers if how == "single" else single
+        if single and not forced:
+            same = [a == b for a, b in zip(single, answers, strict=True)]
+            row["same_answers"] = round(sum(same) / len(same), 4)
+        if counts["steps"]:
+            needed = counts["steps"] * read_once + counts["tokens_read"] * token_bytes
+            row |= {"ms_per_step": round(1000 * seconds / counts["steps"], 2)}
+            row |= {"constraint_share": round(counts["constraint"] / seconds, 3)}
+        if device == "cuda":
+            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+            row |= {"bandwidth_share": round(needed / rate / seconds, 3)} if counts["steps"] else {}
+        results.append(row)
+        say(" | ".join(f"{key} {value}" for key, value in row.items()))
+        out = ROOT / "benchmarks" / "results" / f"generate_speed-{name.replace(' ', '_')}-{precision}.json"
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    keys = list(dict.fromkeys(key for row in results for key in row))
+    print("\n| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
+    for row in results:
+        print("| " + " | ".join(str(row.get(key, "")) for key in keys) + " |")
+
+
+if __name__ == "__main__":
+    run_script(main, CONFIG, __file__)
