@@ -69,7 +69,7 @@ def test_loss_is_the_mean_over_answer_tokens(lora_model, examples):
     """Against one example at a time, written out."""
     summed, tokens = 0.0, 0
     with torch.no_grad():
-        for prompt, answer in examples:
+        for prompt, answer, _ in examples:
             logits = lora_model(input_ids=torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
             for k, target in enumerate(answer):
                 summed -= logits[len(prompt) + k - 1, target].item()
