@@ -1,12 +1,12 @@
 """What an answer may say: a grammar over the characters of the text, as masks over the vocabulary.
 
     start: " " LINE ("\\n" LINE)*                   the space is SentencePiece's dummy prefix of every answer
-    LINE:  SPAN ("_" TYPE)? | "没有"                 SPAN stands in the text, TYPE is one of the labels
+    LINE:  SPAN ("_" TYPE)? | "没有"                 SPAN is a part of the text, TYPE one of the labels
 
 The grammar knows characters and not tokens, so the model may spell a span with any pieces, byte pieces included.
 llguidance compiles it for each text and says at every step which tokens can go on.
 
-Only lines with a type are lines of the answer. A model that begins a span in the wrong place may give it up, with a
+Only lines with a span and a type are lines of the answer. A model that begins a span in the wrong place may give it up, with a
 newline, as it would without a constraint: were that forbidden, it would have to go on to some type, and take the next
 entity into the span. generation.py leaves such lines out and counts them; without any other the answer is `没有`.
 """
@@ -26,9 +26,10 @@ GRAMMAR = """\
 start: " " LINE ("\\n" LINE)*
 LINE: SPAN ("_" TYPE)? | {nothing}
 TYPE: {types}
-SPAN: /[^\\r\\n]+/ & SUBSTRING
+SPAN: {within}SUBSTRING
 SUBSTRING: %regex {substring}
 """
+WITHIN_LINES = r"/[^\r\n]*/ & "  # only for texts of several lines, since it takes llguidance half as long again
 
 
 class AnswerGrammar:
@@ -50,7 +51,8 @@ class AnswerGrammar:
 
     def _matcher(self, text):
         substring = json.dumps({"substring_chars": text}, ensure_ascii=False)
-        grammar = GRAMMAR.format(nothing=_quoted(NO_ENTITY), types=self.types, substring=substring)
+        within = WITHIN_LINES if {*text} & {*"\r\n"} else ""
+        grammar = GRAMMAR.format(nothing=_quoted(NO_ENTITY), types=self.types, within=within, substring=substring)
         return checked(LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(grammar)))
 
     def masks(self, matchers):

@@ -8,6 +8,7 @@
 Reads data/<data_name>/ori_data/{train,dev}.txt, in one of two formats:
 
     jsonl  {"text": "…", "entity_list": [{"entity_index": {"begin": 3, "end": 4}, "entity_type": "LOC", "entity": …}]}
+           or CLUENER's {"text": "…", "label": {"address": {"北京": [[3, 4]]}}}, where end is the last character
     bio    one `字<tab or space>标签` a line, an empty line after each sentence; BIO, BMES(O) or BIOES tags
 
 Writes data/<data_name>/instruct_data/{train,dev}.txt, one object a line; offsets are characters, end exclusive:
@@ -110,11 +111,16 @@ def read_json_sentences(path):
     for number, record in read_jsonl(path):
         try:
             text = record["text"]
-            places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
-            names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
+            if "label" in record and "entity_list" not in record:  # CLUENER's
+                found = [(span, tag, e) for tag, spans in record["label"].items() for e in spans for span in spans[e]]
+                places = [(begin, end + 1) for (begin, end), _, _ in found]
+                names = [(tag, entity) for _, tag, entity in found]
+            else:
+                places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
+                names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
         except KeyError as error:
             raise UserError(f"{path}:{number}: no key {error}; process.py --help shows the format") from None
-        except TypeError:
+        except (TypeError, AttributeError, ValueError):
             raise UserError(f"{path}:{number}: wrong nesting; process.py --help shows the format") from None
         strings = [text, *(part for pair in names for part in pair)]
         if {type(part) for part in strings} != {str} or {type(part) for pair in places for part in pair} - {int}:

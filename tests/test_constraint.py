@@ -30,10 +30,9 @@ def grammar(tokenizer):
 
 
 def is_line(line, text, labels=LABELS):
-    """What the grammar is to say, written out: a span of the text with a type, or without."""
+    """What the grammar is to say, written out: a part of the text, which may be nothing, with a type or without."""
     entity, bar, kind = line.rpartition("_")
-    spans = [line, entity] if bar and kind in labels else [line]
-    return line == "没有" or any(span in text and span and not {*span} & {*"\r\n"} for span in spans)
+    return line == "没有" or line in text or bool(bar) and kind in labels and entity in text
 
 
 def allowed(grammar, matcher):
@@ -57,12 +56,12 @@ def accepts(grammar, text, ids):
 
 
 @pytest.mark.parametrize(
-    "text, alphabet", [("ab", "abx_\n"), ("a_", "a_x\n "), ("a ", " ax_\n"), ("人没", "人没有_名")]
+    "text, alphabet", [("ab", "abx_\n"), ("a_", "a_x\n "), ("a ", " ax_\n"), ("a\nb", "abx_\n"), ("人没", "人没有_名")]
 )
 def test_brute_force(grammar, tokenizer, text, alphabet):
-    """Every string up to five characters, in the tokenizer's own pieces and spelled in bytes."""
+    """Every string of one to four characters, in the tokenizer's own pieces and spelled in bytes."""
     pieces, count = tokenizer.token_bytes, 0
-    for length in range(6 if len(alphabet) < 6 else 5):
+    for length in range(1, 5):
         for characters in itertools.product(alphabet, repeat=length):
             answer = "".join(characters)
             expected = all(is_line(line, text) for line in answer.split("\n"))
@@ -70,7 +69,7 @@ def test_brute_force(grammar, tokenizer, text, alphabet):
             assert accepts(grammar, text, tokenizer.encode_texts([answer])[0]) == (expected, expected), repr(answer)
             in_bytes = [pieces.index(b" "), *(pieces.index(bytes([byte]), 3) for byte in answer.encode())]
             assert accepts(grammar, text, in_bytes)[0] == expected, repr(answer)
-    assert count >= 10
+    assert count >= 9
 
 
 def test_every_right_answer_can_be_given(grammar, tokenizer):
@@ -88,11 +87,11 @@ def test_spans_of_odd_texts(grammar, tokenizer, text):
     spans = {text[i:j] for i in range(len(text)) for j in range(i + 1, min(i + 4, len(text)) + 1)}
     for span in sorted(spans)[:30]:
         lines = f"{span}_人名\n{span}_x"
-        right = not {*span} & {*"\r\n"}
-        if "\u2581" in span:  # SentencePiece's own sign for a space, which it cannot spell
+        if {*span} & {*"\r\n\u2581"}:  # ends of lines, and SentencePiece's own sign for a space, which it cannot spell
             continue
-        assert accepts(grammar, text, tokenizer.encode_texts([lines])[0]) == (right, right), repr(lines)
-    for lines in ("_x", "没有_y", "乙_人名", f"{text}乙_人名", "没有\n没有x"):
+        assert accepts(grammar, text, tokenizer.encode_texts([lines])[0]) == (True, True), repr(lines)
+        assert say(grammar, tokenizer, text, lines).text == lines
+    for lines in ("没有_y", "乙_人名", f"{text}乙_人名", "没有\n没有x"):
         assert not accepts(grammar, text, tokenizer.encode_texts([lines])[0])[0], repr(lines)
 
 
@@ -133,6 +132,9 @@ def test_lines_that_are_left_out(grammar, tokenizer):
     assert answer[:4] == ("王明_人名\n北京_x", True, 1, 1)
     assert say(grammar, tokenizer, "王明", "王明\n没有")[:4] == ("没有", True, 0, 1)
     assert say(grammar, tokenizer, "王明", "没有\n王明_x")[:4] == ("王明_x", True, 0, 0)
+    assert say(grammar, tokenizer, "王明", "_x\n\n王_x")[:4] == ("王_x", True, 0, 1)
+    assert say(grammar, tokenizer, "王\r\n明", "王\n明_x")[:4] == ("明_x", True, 0, 1)
+    assert say(grammar, tokenizer, "王\n\n明", "王\n明_x")[:4] == ("明_x", True, 0, 1)
     # a loop: the second line in a row that was there before is the end
     loop = say(grammar, tokenizer, "王明在北京", "王明_人名\n北京_x\n王明_人名\n北京_x\n在_x\n")
     assert loop[:4] == ("王明_人名\n北京_x", True, 2, 0)

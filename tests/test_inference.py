@@ -95,6 +95,44 @@ def test_auto_takes_the_adapter_written_last(workspace, monkeypatch, tmp_path):
     assert "shipped" in str(find_adapter("mine", "auto")[0])
 
 
+TEN_LABELS = dict(
+    address="地址", book="书名", company="公司", game="游戏", government="政府",
+    movie="电影", name="姓名", organization="组织机构", position="职位", scene="景点",
+)  # fmt: skip
+
+
+def test_other_peoples_data(base_dir, tmp_path):
+    """Ten labels, given to process.py alone: training, test and predict know them from the data and train_args.json."""
+    lines = []
+    for i in range(40):
+        text, labels = "今天", {}
+        for tag, word in zip(TEN_LABELS, "北京 日报 银行 大学 上海 学生 王明 机构 教授 长江".split(), strict=True):
+            labels[tag] = {word: [[len(text), len(text) + 1]]}
+            text += word
+        lines.append(json.dumps({"text": f"{text}新闻{i}", "label": labels}, ensure_ascii=False) + "\n")
+    folder = tmp_path / "data" / "cluener" / "ori_data"
+    folder.mkdir(parents=True)
+    (folder / "train.json").write_text("".join(lines[:30]), encoding="utf-8")
+    (folder / "dev.json").write_text("".join(lines[30:]), encoding="utf-8")
+    labels = ",".join(f"{tag}:{label}" for tag, label in TEN_LABELS.items())
+    files = [f"--train_file={folder}/train.json", f"--dev_file={folder}/dev.json", f"--labels={labels}"]
+    run_script("process.py", "--data_name=cluener", *files, cwd=tmp_path)
+    options = ["--data_name=cluener", f"--model_dir={base_dir}", "--precision=fp32", "--max_steps=3", "--save_steps=-1"]
+    run_script("train_deepspeed.py", *options, "--max_seq_length=1024", cwd=tmp_path)
+    run = tmp_path / "checkpoint" / "cluener" / "train_deepspeed"
+    facts = json.loads((run / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
+    assert sorted(facts["labels"]) == sorted(TEN_LABELS.values())
+    result = run_script("test.py", "--data_name=cluener", "--precision=fp32", "--max_new_tokens=60", cwd=tmp_path)
+    assert all(re.search(rf"^{label} ", result.stdout, re.M) for label in facts["labels"])
+    rows = read_rows(run / "predictions.jsonl")
+    assert len(rows) == 10 and {e["type"] for row in rows for e in row["gold"]} == set(TEN_LABELS.values())
+    assert {e["type"] for row in rows for e in row["entities"]} <= set(TEN_LABELS.values())
+    assert not any({"malformed", "unknown_type", "not_in_text"} & row.get("problems", {}).keys() for row in rows)
+    assert (run / "report.html").stat().st_size > 1000
+    result = run_script("predict.py", "--data_name=cluener", "--text=王明在北京", *SHORT, cwd=tmp_path)
+    assert "地址、书名、公司、游戏、政府、电影、姓名、组织机构、职位、景点" in result.stdout
+
+
 def test_predict_prints_blocks(workspace, adapter):
     result = run_script("predict.py", f"--lora_model={adapter}", *SHORT, cwd=workspace)
     lines = result.stdout.splitlines()

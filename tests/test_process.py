@@ -65,6 +65,27 @@ def answers(examples):
 DEV = [sentence("在上海", (1, 3, "LOC"))]
 
 
+def test_cluener(corpus):
+    """CLUENER's schema: ends are inclusive, an entity may stand in several places, a sentence without any is {}."""
+    text = "北京的王明去北京看《秋》"
+    label = {"address": {"北京": [[0, 1], [6, 7]]}, "name": {"王明": [[3, 4]]}, "book": {"《秋》": [[9, 11]]}}
+    lines = [json.dumps({"text": t, "label": found}, ensure_ascii=False) for t, found in ((text, label), ("晴天", {}))]
+    corpus(lines, DEV)
+    train, _ = process("--labels=address:地址,name:姓名,book:书名,LOC:地名")
+    assert answers(train) == ["北京_地址\n王明_姓名\n《秋》_书名", "没有"]
+    assert [(e["begin"], e["end"]) for e in train[0]["entities"]] == [(0, 2), (3, 5), (6, 8), (9, 12)]
+
+
+@pytest.mark.parametrize(
+    "label", ['["a"]', '{"name": ["王明"]}', '{"name": {"王明": [3]}}', '{"name": {"王明": [[1, 2, 3]]}}']
+)
+def test_cluener_of_the_wrong_shape(corpus, capsys, label):
+    corpus([f'{{"text": "王明", "label": {label}}}'], DEV)
+    with pytest.raises(SystemExit, match="2"):
+        process("--labels=name:姓名,LOC:地名")
+    assert "train.txt:1: wrong nesting; process.py --help shows the format" in capsys.readouterr().err
+
+
 def test_json_lines(corpus, capsys):
     text = "因有关日寇在京掠夺文物详情，藏界较为重视，也是我们收藏北京史料中的要件之一。"
     corpus([sentence(text, (27, 29, "LOC"), (3, 4, "LOC"), (6, 7, "LOC")), sentence("今天晴。")], DEV)

@@ -77,6 +77,21 @@ def as_bio(line):
     return "".join(f"{char}\t{tag}\n" for char, tag in zip(record["text"], tags, strict=True)) + "\n"
 
 
+def as_cluener(line):
+    """A JSON line of the demo corpus in CLUENER's format."""
+    record, labels = json.loads(line), {}
+    for entity in record["entity_list"]:
+        kind = {"PER": "name", "LOC": "address", "ORG": "organization"}[entity["entity_type"]]
+        spans = labels.setdefault(kind, {}).setdefault(entity["entity"], [])
+        spans.append([entity["entity_index"]["begin"], entity["entity_index"]["end"] - 1])
+    return json.dumps({"text": record["text"], "label": labels}, ensure_ascii=False) + "\n"
+
+
+def as_weibo(line):
+    """A JSON line of the demo corpus as the Weibo corpus has it: a digit behind each character, tags like PER.NAM."""
+    return re.sub(r"^(.)\t([BI]-...)?", lambda m: f"{m[1]}0\t{m[2] + '.NAM' if m[2] else ''}", as_bio(line), flags=re.M)
+
+
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The repository as a clone would have it, plus a small corpus under the names of MSRA's files."""
@@ -94,6 +109,13 @@ def copy(tmp_path_factory):
         for name in (f"{part}.txt", f"msra_{other_name}.txt"):
             (msra / name).write_text("".join(lines), encoding="utf-8")
         (msra / f"msra_{other_name}_bio.txt").write_text("".join(map(as_bio, lines)), encoding="utf-8")
+        for name, file_name, convert in (
+            ("cluener", f"{part}.json", as_cluener),
+            ("weibo", f"weiboNER_2nd_conll.{part}", as_weibo),
+        ):
+            path = folder / "data" / name / "ori_data" / file_name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(map(convert, lines)), encoding="utf-8")
     return folder
 
 
