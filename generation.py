@@ -19,7 +19,7 @@ from config_utils import UserError
 from constraint import AnswerGrammar, checked, forbid
 from dataset import EOS, NO_ENTITY, build_prompt, encode_prompts, gold_entities, locate, parse_answer
 from metrics import score
-from modeling import merged_lora
+from modeling import is_main, merged_lora
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
 # abandoned: how many lines a grammar left out since they were there already, or had no type. confidences: for each line
@@ -52,7 +52,8 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None
     waiting = deque(sorted(rows, key=lambda row: (row.number // chunk, -len(row.prompt))))
     batch = Batch(model, tokenizer, min(batch_size, len(rows)), grammar, common_prefix([row.prompt for row in rows]))
     answers = {}
-    with tqdm(total=len(rows), desc="生成", unit="条", disable=len(rows) < 2, dynamic_ncols=True) as bar:
+    quiet = len(rows) < 2 or not is_main()
+    with tqdm(total=len(rows), desc="生成", unit="条", disable=quiet, dynamic_ncols=True) as bar:
         for i in range(len(prompts)):
             while fits[i] and i not in answers:
                 for row in batch.advance(waiting):
@@ -194,7 +195,8 @@ class Batch:
         log_probabilities = (best - logits.logsumexp(dim=-1)).tolist()
         for row, token, log_probability in zip(rows, tokens.tolist(), log_probabilities, strict=True):
             row.read = len(row.ids)
-            row.add(token, log_probability, self.pieces[token])
+            if not row.over:  # forced tokens may have been its last
+                row.add(token, log_probability, self.pieces[token])
             if self.skips_forced:
                 row.add_forced(self.pieces)
         ended = [row for row in rows if row.over]

@@ -11,7 +11,7 @@ import generation
 from conftest import INSTRUCTION, make_records
 from constraint import AnswerGrammar
 from dataset import EOS, build_prompt, encode_prompts, load_tokenizer
-from generation import Batch, common_prefix, generate
+from generation import Batch, Row, common_prefix, generate
 
 LABELS = ["人名", "地名"]
 
@@ -107,6 +107,18 @@ def test_a_prompt_that_does_not_fit_keeps_its_place(model, tokenizer, prompts):
     assert [answer.text is None for answer in found] == [False, True, False]
     for prompt, answer in zip(prompts, found, strict=True):  # as far as the 512 positions go
         assert answer.ended or answer.text is None or len(prompt) < 512
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_an_answer_has_no_more_tokens_than_it_may(model, tokenizer, prompts, constrained, monkeypatch):
+    """Not with one token either, which the grammar may force."""
+    limits = []
+    answer = Row.answer
+    monkeypatch.setattr(Row, "answer", lambda row, *args: limits.append(len(row.ids) - row.limit) or answer(row, *args))
+    for count in (1, 2, 5):
+        found = answers(model, tokenizer, prompts[0], prompts[1] if constrained else None, max_new_tokens=count)
+        assert len(found) == len(prompts[0])
+    assert max(limits) == 0
 
 
 def test_answers_come_in_order_before_all_are_known(model, tokenizer, prompts, monkeypatch):
