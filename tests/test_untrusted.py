@@ -289,8 +289,12 @@ def test_no_source_opens_a_file_or_a_pickle_carelessly():
             method = called.rpartition(".")[2]
             modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             binary = any("b" in mode and len(mode) < 4 for mode in modes)
-            if method in ("open", "read_text", "write_text") and not binary and called != "tokenize.open":
-                if "encoding" not in given and not called.startswith(("safe_open", "Path('/proc")):
+            if (
+                method in ("open", "read_text", "write_text")
+                and not binary
+                and called not in ("tokenize.open", "os.open", "archive.open")
+            ):
+                if "encoding" not in given and not called.startswith(("safe_open", "Path('/proc", "Path(f'/proc")):
                     found.append((name, node.lineno, called))
             if called in ("torch.load", "load_torch") and given.get("weights_only") is not True:
                 found.append((name, node.lineno, called))
