@@ -91,10 +91,11 @@ def to_example(record, instruct, query_prefix):
     }
 
 
-def cut_example(example, tokenizer, room):
+def cut_example(example, tokenizer, room, usual=None):
     """An example -> (the examples of its windows, their offsets in the text, what was cut inside a sentence).
 
-    `room`: tokens of prompt and answer. A window leaves the answer half as many tokens as its text has.
+    `room`: tokens of prompt and answer. A window leaves the answer half as many tokens as its text has. `usual`: tokens
+    of a text as training had them; on longer ones a model misses most, so sentences are not joined to more.
     """
     text, query = example["text"], example["query"]
     if not query.endswith(text):  # a query of the user's own
@@ -102,7 +103,12 @@ def cut_example(example, tokenizer, room):
     prefix = query[: len(query) - len(text)]
     (empty,) = encode_prompts(tokenizer, [build_prompt(example["instruct"], prefix)])
     limit = 2 * (room - len(empty)) // 3
-    windows, inside = cut(text, lambda part: len(tokenizer.encode_texts([part])[0]) <= limit)
+    usual = min(usual or limit, limit)
+
+    def within(limit):
+        return lambda part: len(tokenizer.encode_texts([part])[0]) <= limit
+
+    windows, inside = cut(text, within(limit), within(usual))
     parts = [text[begin:end] for begin, end in windows]
     return [{**example, "text": part, "query": prefix + part, "answer": None} for part in parts], windows, inside
 
@@ -141,7 +147,7 @@ def main(args):
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
     positions = model.config.max_position_embeddings
     room = min(train_args.max_seq_length, positions) if adapter else positions
-    cuts = [cut_example(example, tokenizer, room) for example in examples[done:]]
+    cuts = [cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples[done:]]
     parts = [part for window_examples, _, _ in cuts for part in window_examples]
     rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
 

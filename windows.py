@@ -11,21 +11,25 @@ SENTENCE_END = re.compile(rf"[。！？!?…；;]+{CLOSING}|\.{CLOSING}(?=\s)|\n
 CLAUSE_END = re.compile(rf"[，、：:,]+{CLOSING}|\s+|(?<=[）》」』”])")
 
 
-def cut(text, fits):
+def cut(text, fits, usual=None):
     """Windows of a text: [(begin, end)], in order and without gaps, and of those ends the ones inside a sentence.
 
-    fits(part): whether the model can read a part of the text; what it can read it can read shortened. A window ends
-    with the last sentence end that fits; where there is none, after a clause; where there is none, anywhere.
+    fits, usual: whether the model can read a part of the text, and whether the part is no longer than texts usually are
+    (None: the same); true of a part, they are true of its beginnings. A window is as many whole sentences as are usual,
+    or else one that fits; where not even one does, it ends after a clause; where there is no such place, anywhere.
     """
-    if fits(text):
+    usual = usual or fits
+    if usual(text):
         return [(0, len(text))], []
     windows, inside, begin = [], [], 0
     while begin < len(text):
         end = begin + _longest(text[begin:], fits)
-        if end < len(text):
-            after_sentence = _last(SENTENCE_END, text, begin, end)
-            end = after_sentence or _last(CLAUSE_END, text, begin, end) or end
-            inside += [] if after_sentence else [end]
+        ends = _ends(SENTENCE_END, text, begin, end) + [end] * (end == len(text))
+        if ends:
+            end = max((last for last in ends if usual(text[begin:last])), default=ends[0])
+        else:
+            end = max(_ends(CLAUSE_END, text, begin, end), default=end)
+            inside.append(end)
         windows.append((begin, end))
         begin = end
     return windows, inside
@@ -40,9 +44,9 @@ def _longest(text, fits):
     return max(bisect_left(range(1, reach + 1), True, key=lambda n: not fits(text[:n])), 1)
 
 
-def _last(pattern, text, begin, end):
-    """Where the last match that ends in (begin, end] ends, or None."""
-    return max((m.end() for m in pattern.finditer(text, begin, end) if m.end() > begin), default=None)
+def _ends(pattern, text, begin, end):
+    """Where the matches end that end in (begin, end], in order."""
+    return [match.end() for match in pattern.finditer(text, begin, end) if match.end() > begin]
 
 
 def join_rows(text, windows, rows):

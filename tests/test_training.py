@@ -114,6 +114,7 @@ def test_what_a_run_leaves_behind(workspace, base_dir, trainer):
     assert "local_rank" not in args.nested
     assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == modeling.PROMPT_SHA256
     assert (facts["labels"], facts["step"]) == (["人名", "地名"], 50)
+    assert 5 < facts["text_tokens"] < 60  # at the 80th percentile
     assert args.deepspeed["bf16"]["enabled"] is args.deepspeed["fp16"]["enabled"] is False
     assert len(facts["instructs"]) == 1 and facts["versions"].keys() >= {"torch", "transformers", "peft", "deepspeed"}
 

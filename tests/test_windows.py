@@ -32,13 +32,24 @@ def test_what_is_cut_inside_a_sentence_is_named():
     assert cut("v1.5 and 3.14. The end", in_characters(16))[0] == [(0, 14), (14, 22)]
 
 
+def test_windows_are_as_long_as_texts_usually_are():
+    """Sentences are joined to the usual length; one that is longer stays whole as long as it fits."""
+    text = "王明到了。他说好。" + "去年在北京，我们都说好。" + "好。好。"
+    windows, inside = cut(text, in_characters(15), in_characters(10))
+    assert [text[begin:end] for begin, end in windows] == ["王明到了。他说好。", "去年在北京，我们都说好。", "好。好。"]
+    assert inside == []
+    assert cut("长" * 14, in_characters(15), in_characters(10)) == ([(0, 14)], [])
+    windows, inside = cut("长" * 14 + "，好", in_characters(15), in_characters(10))
+    assert (windows, inside) == ([(0, 15), (15, 16)], [15])
+
+
 def test_windows_of_random_texts():
     """They are the text, in order, each fits, and none could have gone on to its next sentence end."""
     draw = random.Random(0)
     for _ in range(200):
         text = "".join(draw.choices("王明北京去年，。！\n ”", weights=[5] * 6 + [1] * 6, k=draw.randint(1, 300)))
         limit = draw.randint(1, 60)
-        windows, inside = cut(text, in_characters(limit))
+        windows, inside = cut(text, in_characters(limit), in_characters(draw.randint(1, limit)))
         assert "".join(text[begin:end] for begin, end in windows) == text
         assert all(0 < end - begin <= limit for begin, end in windows)
         assert all(text[end - 1] in "。！\n”" for _, end in windows[:-1] if end not in inside)
