@@ -18,7 +18,8 @@ from tqdm import tqdm
 from config_utils import UserError, run_script
 from dataset import BOS, QUERY_PREFIX, build_prompt, encode_prompts, read_lines
 from generation import generate, make_grammar
-from modeling import check_generation, find_adapter, load_for_inference, open_output, say
+from modeling import check_generation, load_for_inference, say
+from run_files import find_adapter, open_output
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401  arrow keys and history in input()

@@ -26,7 +26,8 @@ from dataset import (
     read_lines,
 )
 from generation import make_grammar, predict_rows
-from modeling import check_generation, find_adapter, load_for_inference, open_output, say
+from modeling import check_generation, load_for_inference, say
+from run_files import find_adapter, open_output
 from windows import cut, join_rows
 
 CONFIG = {

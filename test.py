@@ -17,8 +17,9 @@ from config_utils import run_script
 from dataset import labels_of, locate, parse_answer, read_examples
 from generation import make_grammar, predict_rows
 from metrics import score, table
-from modeling import check_generation, find_adapter, load_for_inference, say
+from modeling import check_generation, load_for_inference, say
 from report import write_report
+from run_files import find_adapter
 
 CONFIG = {
     "data_name": "demo",  # folder under data/ and under checkpoint/

@@ -22,15 +22,10 @@ from dataset import load_tokenizer
 from generation import evaluate_f1
 from modeling import (
     DTYPES,
-    BestScore,
-    TrainLog,
     add_lora,
     answer_loss,
     catch_sigterm,
     check_options,
-    check_resumed,
-    checkpoint,
-    checkpoint_to_resume,
     compile_for_training,
     describe_device,
     end_by_sigterm,
@@ -40,15 +35,22 @@ from modeling import (
     load_base,
     make_scheduler,
     resolve_precision,
-    run_facts,
-    save_adapter,
     say,
     seed_step,
+)
+from packing import TrainLoader, eval_batches, make_collate
+from run_files import (
+    BestScore,
+    TrainLog,
+    check_resumed,
+    checkpoint,
+    checkpoint_to_resume,
+    run_facts,
+    save_adapter,
     start_run,
     step_of,
     training_facts,
 )
-from packing import TrainLoader, eval_batches, make_collate
 
 CONFIG = {
     # data and model

@@ -41,7 +41,8 @@ from dataset import (
     read_jsonl,
     save_tokenizer,
 )
-from modeling import DTYPES, find_adapter, load_for_inference, pick_precision, say
+from modeling import DTYPES, load_for_inference, pick_precision, say
+from run_files import find_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -27,7 +27,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from config_utils import run_script  # noqa: E402
 from conftest import make_records, read_log, write_jsonl  # noqa: E402
-from modeling import _adapter_or_old, _adapter_shapes, complete_checkpoints, step_of  # noqa: E402
+from modeling import _adapter_shapes  # noqa: E402
+from run_files import _adapter_or_old, complete_checkpoints, step_of  # noqa: E402
 
 CONFIG = {
     "kills": 20,  # SIGKILLs a trainer

@@ -10,7 +10,8 @@ import chat_ner
 import metrics
 from conftest import INSTRUCTION, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
-from modeling import DEFAULT_BASE, TRAINERS, find_adapter
+from modeling import DEFAULT_BASE
+from run_files import TRAINERS, find_adapter
 
 SHORT = ["--precision=fp32", "--max_new_tokens=8"]  # a random model never says eos by itself
 

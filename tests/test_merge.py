@@ -21,8 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dataset import QUERY_PREFIX, build_prompt, encode_prompts
 from generation import generate
-from modeling import find_adapter, load_for_inference
+from modeling import load_for_inference
 from reference_llama import CUT, feed_forward_width, logits
+from run_files import find_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB, SHIPPED = ROOT / "model_hub", ROOT / "checkpoint/demo/shipped/adapter_model"

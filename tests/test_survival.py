@@ -18,10 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import modeling
+import run_files
 from config_utils import UserError
 from conftest import ROOT, read_log, run_script, training_options
-from modeling import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
+from run_files import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 # Runs a script, and kills it when the new adapter is about to be moved to where the old one was.
@@ -67,14 +67,14 @@ def test_terminated_killed_and_resumed_equals_uninterrupted(workspace, base_dir,
         stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 143 and "收到 SIGTERM" in stderr, stderr
     (folder,) = complete_checkpoints(run)
-    stopped = modeling.step_of(folder)
+    stopped = run_files.step_of(folder)
     assert 3 <= stopped < 50 and len([r for r in read_log(run) if "loss" in r]) == stopped
 
     launcher = [sys.executable, "-c", KILLED_BETWEEN_RENAMES]
     result = run_script(f"{trainer}.py", *options, "--resume", cwd=workspace, launcher=launcher, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (run / "adapter_model").exists()
-    loaded = modeling._adapter_or_old(run / "adapter_model")
+    loaded = run_files._adapter_or_old(run / "adapter_model")
     assert json.loads((loaded / "train_args.json").read_text(encoding="utf-8"))["step"] == stopped
     run_script(f"{trainer}.py", *options, "--resume", cwd=workspace)
     losses = [{row["step"]: row for row in read_log(where) if "loss" in row} for where in (run, done)]
@@ -150,7 +150,7 @@ def test_lines_of_a_step_are_those_of_the_file(base_dir, instruct_data):
 
 @pytest.fixture
 def alone(monkeypatch):
-    monkeypatch.setattr(modeling.dist, "barrier", lambda: None)
+    monkeypatch.setattr(run_files.dist, "barrier", lambda: None)
     monkeypatch.delenv("RANK", raising=False)
 
 

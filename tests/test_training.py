@@ -21,16 +21,9 @@ from constraint import AnswerGrammar
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
 from generation import evaluate_f1, predict_rows
 from metrics import score
-from modeling import (
-    BestScore,
-    answer_loss,
-    checkpoint_to_resume,
-    evaluate_loss,
-    load_for_inference,
-    merged_lora,
-    warmup_linear,
-)
+from modeling import answer_loss, evaluate_loss, load_for_inference, merged_lora, warmup_linear
 from packing import TrainLoader, make_collate, pad_batch
+from run_files import BestScore, checkpoint_to_resume
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")
