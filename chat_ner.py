@@ -12,10 +12,12 @@ ends it.
 import contextlib
 import json
 
+from config_utils import UserError, run_script  # before the libraries: it refuses versions that do not fit
+
+# isort: split
 import torch
 from tqdm import tqdm
 
-from config_utils import UserError, run_script
 from dataset import BOS, QUERY_PREFIX, build_prompt, encode_prompts, read_lines
 from generation import generate, make_grammar
 from modeling import check_generation, load_for_inference, say

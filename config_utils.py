@@ -8,7 +8,8 @@
 Nested keys are joined by `_`, on the command line and as attributes. The type of the default decides the type of an
 option. Where CONFIG holds `deepspeed_json_path`, the leaves of the DeepSpeed file are options as well
 (`--deepspeed_optimizer_params_lr=1e-4`) and `args.deepspeed` is the merged dict. Only the standard library is imported,
-and nothing here knows a device. The command line is read here rather than by argparse, whose rule for values that start
+and nothing here knows a device. Importing this refuses versions of the libraries that the code is not for, so a script
+imports it before them. The command line is read here rather than by argparse, whose rule for values that start
 with `-` differs between Python versions and whose errors are not one line.
 """
 
@@ -22,7 +23,12 @@ import os
 import re
 import sys
 import tokenize
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
+
+# The first and the last version that this code is for. An older one lacks what it imports; what a newer one changes might
+# show only in what is trained.
+VERSIONS = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "peft": ("0.21", "0.21")}
 
 RUNTIME_KEYS = ("local_rank",)  # set by the launcher for one run, so never saved
 BARE_MEANS_TRUE = ("resume", "compile", "constrained")  # strings whose option may stand alone, as that of a bool may
@@ -77,6 +83,25 @@ ALIASES = {
 
 class UserError(Exception):
     """Bad input of the user: the message names file, line, key or value and the remedy; run_script prints it alone."""
+
+
+def check_versions():
+    """UserError if a library of VERSIONS is here in another version. One that is missing says so when it is imported."""
+    for name, (first, last) in VERSIONS.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if not _numbers(first) <= _numbers(found) <= _numbers(last):
+            raise UserError(
+                f"{name} {found}: this needs {first}{f' to {last}' if last != first else ''}; "
+                "`pip install -r requirements.txt` installs the one it is tested with"
+            )
+
+
+def _numbers(text):
+    """2.11.0+cu130 -> (2, 11)."""
+    return tuple(int(number) for number in re.findall("[0-9]+", text)[:2])
 
 
 class ConfigError(UserError, ValueError):
@@ -524,3 +549,9 @@ def _source(file):
         if "CONFIG" in names and isinstance(node.value, ast.Dict):
             walk(node.value, ())
     return ast.get_docstring(tree) or "", comments
+
+
+try:
+    check_versions()
+except UserError as error:
+    _fail(error)

@@ -12,11 +12,13 @@ train_log.jsonl. train_trainer.py is the same recipe in the Hugging Face Trainer
 from functools import partial
 from pathlib import Path
 
+from config_utils import run_script  # before the libraries: it refuses versions that do not fit
+
+# isort: split
 import deepspeed
 import torch.distributed as dist
 
 from audit import load_audited_data
-from config_utils import run_script
 from dataset import load_tokenizer
 from generation import evaluate_f1
 from modeling import (

@@ -12,12 +12,14 @@ train_log.jsonl. train_deepspeed.py is the same recipe as a raw DeepSpeed loop.
 from functools import partial
 from pathlib import Path
 
+from config_utils import run_script  # before the libraries: it refuses versions that do not fit
+
+# isort: split
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from audit import load_audited_data
-from config_utils import run_script
 from dataset import load_tokenizer
 from generation import evaluate_f1
 from modeling import (

@@ -6,9 +6,11 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import config_utils
 from config_utils import Config, ConfigError, UserError, load_config, parse_config, run_script, save_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -556,3 +558,56 @@ def test_load_refuses(text, parts, tmp_path):
     with pytest.raises(UserError) as error:
         load_config(path)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# versions
+
+
+@pytest.mark.parametrize(
+    "name, found, wanted",
+    [
+        ("torch", "2.11.0+cu130", None),
+        ("torch", "2.13.1", None),
+        ("torch", "2.10.2", "2.11 to 2.13"),
+        ("torch", "2.14.0a0+git1234", "2.11 to 2.13"),
+        ("torch", "3.0", "2.11 to 2.13"),
+        ("transformers", "5.17.0", None),
+        ("transformers", "5.23.4", None),
+        ("transformers", "4.57.3", "5.17 to 5.23"),
+        ("transformers", "5.24.0.dev0", "5.17 to 5.23"),
+        ("peft", "0.21.9", None),
+        ("peft", "0.22.0", "0.21"),
+    ],
+)
+def test_versions(name, found, wanted, monkeypatch):
+    good = {name: first for name, (first, _) in config_utils.VERSIONS.items()}
+    monkeypatch.setattr(config_utils, "version", lambda library: {**good, name: found}[library])
+    if wanted is None:
+        config_utils.check_versions()
+        return
+    with pytest.raises(UserError) as error:
+        config_utils.check_versions()
+    assert str(error.value).startswith(f"{name} {found}: this needs {wanted}; `pip install -r requirements.txt`")
+
+
+SCRIPTS = (
+    "train_trainer train_deepspeed test predict chat_ner process "
+    "model_hub/convert_llama_weights_to_hf model_hub/merge_llama_with_chinese_lora"
+).split()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_another_version_ends_the_start_before_a_library_is_imported(script, tmp_path):
+    (tmp_path / "peft-0.20.0.dist-info").mkdir()
+    (tmp_path / "peft-0.20.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.20.0\n")
+    for library in ("torch", "transformers", "peft", "deepspeed"):
+        (tmp_path / f"{library}.py").write_text("raise ImportError('too early')\n")
+    done = subprocess.run(
+        [sys.executable, Path(ROOT) / f"{script}.py", "--help"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: peft 0.20.0: this needs 0.21; ") and done.stderr.count("\n") == 1
