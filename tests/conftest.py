@@ -1,5 +1,6 @@
 """What the tests share: tokenizers in the shape of the real ones, a random model of two layers, instruct data."""
 
+import functools
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -166,18 +168,67 @@ def instruct_data(tmp_path_factory):
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_script(script, *options, cwd, launcher=(sys.executable,), check=True, env=None, stdin=""):
-    """Run a script of the project as a user would; with check, a failure shows what it printed."""
-    result = subprocess.run(
-        [*map(str, launcher), str(ROOT / script), *map(str, options)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONUTF8": "1", **(env or {})},
-        input=stdin,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        timeout=300,
-    )
+# Importing the libraries takes longer than most scripts' own work: a process does it once, and forks for each script. What
+# is ours is imported by the fork, which starts and ends like any process.
+FORKING = """
+import gc, json, os, runpy, signal, sys
+import deepspeed, llguidance, peft, torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend, Trainer
+gc.freeze()  # else a fork looks at all of it once more when it ends, which takes longer than its work
+for line in sys.stdin:
+    order = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        break
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+else:
+    sys.exit()
+signal.alarm(300)
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    os.dup2(os.open(order[name], os.O_RDWR), number)
+sys.stdin = open(0, encoding="utf-8")
+os.chdir(order["cwd"])
+os.environ.clear()
+os.environ.update(order["env"])
+sys.argv = order["argv"]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@functools.cache
+def forking():
+    command = [sys.executable, "-c", FORKING]
+    env = {**os.environ, "PYTHONUTF8": "1", "DS_ACCELERATOR": "cpu"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+
+
+def run_forked(argv, cwd, env, stdin):
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
+        for name, path in files.items():
+            path.write_text(stdin if name == "stdin" else "", encoding="utf-8")
+        order = {"argv": argv, "cwd": str(cwd), "env": env, **{name: str(path) for name, path in files.items()}}
+        print(json.dumps(order), file=forking().stdin, flush=True)
+        code = int(forking().stdout.readline())
+        out, err = (files[name].read_text(encoding="utf-8") for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(argv, code, out, err)
+
+
+def run_script(script, *options, cwd, launcher=None, check=True, env=None, stdin=""):
+    """Run a script of the project as a user would; with check, a failure shows what it printed.
+
+    launcher: another command than python to run it with. A process that is to use CUDA cannot be a fork.
+    """
+    argv = [str(ROOT / script), *map(str, options)]
+    env = {**os.environ, "PYTHONUTF8": "1", **(env or {})}
+    if launcher or os.path.exists("/dev/nvidiactl"):
+        command = [*map(str, launcher or [sys.executable]), *argv]
+        result = subprocess.run(
+            command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=300
+        )
+    else:
+        result = run_forked(argv, cwd, env, stdin)
     assert not check or result.returncode == 0, f"{script} {options}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return result
 
