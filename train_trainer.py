@@ -103,7 +103,8 @@ class AdapterTrainer(Trainer):
     """The stock Trainer with six methods replaced, each for one reason."""
 
     def __init__(self, loader, save, evaluate, scheduler, checkpoint, losses, **kwargs):
-        super().__init__(**kwargs)
+        # Not called, since compute_loss is replaced; it tells older versions what loss_is_scaled_for_ga tells newer ones.
+        super().__init__(compute_loss_func=answer_loss, **kwargs)
         self.loader, self.save, self.evaluate_dev, self.scheduler = loader, save, evaluate, scheduler
         self.checkpoint, self.losses = checkpoint, losses
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step

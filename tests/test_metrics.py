@@ -6,8 +6,6 @@ import unicodedata
 from html.parser import HTMLParser
 
 import pytest
-from seqeval.metrics import classification_report
-from seqeval.scheme import IOB2
 
 from metrics import PROBLEMS, confusion, errors, precision_recall, score, suspects, table
 from report import marked, write_report
@@ -180,6 +178,9 @@ def test_interval():
 
 def test_against_seqeval():
     """The span view on 300 random rows without overlapping spans, of which the answers get some wrong."""
+    seqeval = pytest.importorskip("seqeval.metrics")
+    from seqeval.scheme import IOB2
+
     draw, rows, tags = random.Random(0), [], {"entities": [], "gold": []}
     for _ in range(300):
         size, spans = 30, {"gold": [], "entities": []}
@@ -199,7 +200,7 @@ def test_against_seqeval():
             for begin, end, kind in found:
                 line[begin:end] = [f"B-{kind}"] + [f"I-{kind}"] * (end - begin - 1)
             tags[key].append(line)
-    report = classification_report(tags["gold"], tags["entities"], output_dict=True, mode="strict", scheme=IOB2)
+    report = seqeval.classification_report(tags["gold"], tags["entities"], output_dict=True, mode="strict", scheme=IOB2)
     ours = score(rows, LABELS)["span"]
     for name, theirs in (("micro", "micro avg"), *((label, label) for label in LABELS)):
         expected = {key: report[theirs][key] for key in ("precision", "recall", "support")}
