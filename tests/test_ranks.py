@@ -1,4 +1,4 @@
-"""Two ranks on one CPU, through the deepspeed launcher: the same run as one rank's.
+"""Two ranks on one CPU, through the deepspeed launcher: the same run as one rank's, also when SIGTERM ends it half way.
 
 python -m pytest tests/test_ranks.py
 STAGES=0,1,2,3 python -m pytest tests/test_ranks.py         # every ZeRO stage in both trainers; 1 and 3 without it
@@ -6,14 +6,18 @@ STAGES=0,1,2,3 python -m pytest tests/test_ranks.py         # every ZeRO stage i
 
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from conftest import ROOT, make_records, read_log, run_script, write_jsonl
+from run_files import complete_checkpoints, step_of
 
 RUNS = [("train_deepspeed", 1), ("train_trainer", 3)]
 if os.environ.get("STAGES"):
@@ -56,13 +60,43 @@ def alone(folder, base_dir):
     return folder / "alone"
 
 
+def terminate(command, run, cwd, group):
+    """Start a run of two ranks and send SIGTERM, after its first step, to its process group or to one rank; the exit
+    code of the launcher and what was printed until the last process had ended."""
+    with subprocess.Popen(
+        [*map(str, command)],
+        cwd=cwd,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    ) as process:
+        log = run / "train_log.jsonl"
+        while process.poll() is None and not (log.exists() and log.read_bytes()):
+            time.sleep(0.02)
+        if group:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            (rank,) = (p for p in psutil.Process(process.pid).children(True) if "--local_rank=1" in p.cmdline())
+            rank.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=120)[0]
+    return process.returncode, output
+
+
 @pytest.mark.parametrize("trainer, stage", RUNS)
 def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
-    """Losses, dev loss and adapter to 1e-4: also of the last step of an epoch, so each row is seen once."""
-    run = folder / f"{trainer}-{stage}"
+    """Losses, dev loss and adapter to 1e-4: also of the last step of an epoch, so each row is seen once. SIGTERM, to the
+    process group or to one rank, ends both after they have saved; what --resume makes of it is still that one run."""
+    run, group = folder / f"{trainer}-{stage}", stage > 1
     parts = ["--train_batch_size=1", "--gradient_accumulation_steps=3"]
-    parts += [f"--deepspeed_zero_optimization_stage={stage}"]
-    run_script(f"{trainer}.py", *options(base_dir, run.name), *parts, cwd=folder, launcher=two_ranks())
+    parts += [*options(base_dir, run.name), f"--deepspeed_zero_optimization_stage={stage}"]
+    code, output = terminate([*two_ranks(), ROOT / f"{trainer}.py", *parts], run, folder, group)
+    assert code == (-signal.SIGTERM if group else 143), output  # a shell says 143 of both
+    stopped = len(read_log(run))
+    assert output.count(f"收到 SIGTERM，已在第 {stopped} 步保存") == 1 and "Traceback" not in output, output
+    assert 1 <= stopped < 9 and step_of(complete_checkpoints(run)[-1]) == stopped
+    run_script(f"{trainer}.py", *parts, "--resume", cwd=folder, launcher=two_ranks())
     one, two = read_log(alone), read_log(run)
     assert [row["step"] for row in two] == [row["step"] for row in one] == [*range(1, 10), 9]  # rank 0 alone writes
     for key in ("loss", "eval_loss", "lr"):
