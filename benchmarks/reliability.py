@@ -1,12 +1,13 @@
 """The long matrix: what a training run survives.     make reliability
 
-    python benchmarks/reliability.py                      # hours on two cores
-    python benchmarks/reliability.py --kills=3            # fewer; the last report is results/reliability.jsonl
+    python benchmarks/reliability.py                                              # half an hour on two free cores
+    python benchmarks/reliability.py --trainers=train_trainer --kills=4 --fuzz=0  # one part of it
 
-For each trainer: `--kills` SIGKILLs at random moments, each resumed with --resume, a third of them while it saves, some
-between the adapter's two renames; then every loss and the adapter are compared with those of a run that nothing happened
-to, bit for bit, and after each kill a loader must find a whole adapter once there was one. The other parts are tests
-with larger numbers: ZeRO 0-3 on two ranks in both trainers (STAGES), fuzzing (FUZZ).
+For each trainer `--kills` SIGKILLs: half of them at random moments of the training, a quarter at one of the operations on
+files that a save is made of, a quarter between the adapter's two renames. After each a loader must find a whole adapter
+once there was one, and --resume goes on; a run that gets to its end is compared with one that nothing happened to, each
+loss it ever logged and the adapter, bit for bit, and the next begins. The other parts are tests with larger numbers: ZeRO
+0-3 on two ranks in both trainers, each ended by SIGTERM and resumed (STAGES), and fuzzing (FUZZ).
 """
 
 import json
@@ -28,98 +29,135 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from config_utils import run_script  # noqa: E402
 from conftest import make_records, read_log, write_jsonl  # noqa: E402
 from modeling import _adapter_shapes  # noqa: E402
-from run_files import _adapter_or_old, complete_checkpoints, step_of  # noqa: E402
+from run_files import _adapter_or_old, complete_checkpoints  # noqa: E402
 
 CONFIG = {
+    "trainers": ["train_deepspeed", "train_trainer"],  # whose runs are killed
     "kills": 20,  # SIGKILLs a trainer
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model
-    "steps": 60,  # optimizer steps of the run
+    "steps": 60,  # optimizer steps of a run
     "seed": 0,  # of the moments
     "fuzz": 20000,  # cases a fuzz test; 0: leave the tests out
 }
-RESULTS = ROOT / "benchmarks" / "results" / "reliability.jsonl"
-# Kills the process at the n-th of the calls that a save is made of; n is the first argument.
+# Runs a script and kills it at the n-th operation on a file of the run that changes one, the log aside; with "renames",
+# at the n-th adapter that is about to be moved to where the one before it was. torch.save opens its file in C++.
 KILLED_IN_A_SAVE = """
-import os, pathlib, runpy, shutil, signal, sys
+import os, runpy, signal, sys
 import torch
-left = int(sys.argv[1])
-def counted(call):
-    def wrapper(*args, **kwargs):
-        global left
-        left -= 1
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return call(*args, **kwargs)
-    return wrapper
-pathlib.Path.rename, torch.save, shutil.rmtree = map(counted, (pathlib.Path.rename, torch.save, shutil.rmtree))
-sys.argv = sys.argv[2:]
+left, run, which = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+def count():
+    global left
+    left -= 1
+    if left <= 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+def hook(event, arguments):
+    if event == "os.rename" and str(arguments[0]).endswith("adapter_model.new") and which == "renames":
+        count()
+    elif which == "renames" or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+        return
+    elif event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        return
+    elif str(arguments[0]).startswith(run + os.sep) and not str(arguments[0]).endswith("train_log.jsonl"):
+        count()
+save = torch.save
+def counted(*args, **kwargs):
+    if which != "renames":
+        count()
+    return save(*args, **kwargs)
+torch.save = counted
+sys.addaudithook(hook)
+sys.argv = sys.argv[4:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def train(trainer, args, work, run, *more, before=(), limit=None):
-    """Run a trainer; SIGKILL it after `limit` seconds. Returns its exit code."""
+def train(trainer, args, run, *more, before=(), seconds=None):
+    """Run a trainer, and SIGKILL it `seconds` after its first log line. Returns its exit code."""
     options = [f"--model_dir={Path(args.model_dir).resolve()}", "--train_path=train.txt", "--dev_path=dev.txt"]
     options += ["--precision=fp32", "--lora_dropout=0.1", f"--max_steps={args.steps}", "--train_batch_size=4"]
     options += ["--log_steps=1", "--eval_steps=-1", "--save_steps=2", f"--save_dir={run}", *more]
     command = [sys.executable, *before, str(ROOT / f"{trainer}.py"), *options]
-    with (work / "output.txt").open("ab") as output:
-        process = subprocess.Popen(command, cwd=work, stdout=output, stderr=output)
-        try:
-            return process.wait(limit)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+    log, started = run / "train_log.jsonl", time.time()
+    with (run.parent / "output.txt").open("wb") as output:
+        process = subprocess.Popen(command, cwd=run.parent, stdout=output, stderr=output)
+        if seconds is not None:
+            while process.poll() is None and not (log.exists() and log.stat().st_mtime > started):
+                time.sleep(0.01)
+            try:
+                return process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        return process.wait()
+
+
+def losses(run):
+    return [(row["step"], row["loss"]) for row in read_log(run)]
+
+
+def adapter(run):
+    return load_file(run / "adapter_model" / "adapter_model.safetensors")
+
+
+def find_adapter(run):
+    """What a loader finds of a run; of one that was killed before it had a checkpoint, where the next has put it."""
+    folders = (_adapter_or_old(folder / "adapter_model") for folder in (run, run.with_name(run.name + ".old")))
+    return next((folder for folder in folders if folder and _adapter_shapes(folder)), None)
 
 
 def survive(trainer, args, work):
-    """One trainer's kills; returns what the report says of them."""
+    """One trainer's kills; returns what is to be reported of them."""
     draw = random.Random(f"{args.seed}-{trainer}")
-    assert train(trainer, args, work, work / "whole") == 0, (work / "output.txt").read_text(encoding="utf-8")[-4000:]
-    run, at_random, in_a_save, between_renames, lost = work / "run", 0, 0, 0, 0
-    steps = []
-    while at_random + in_a_save < args.kills:
+    whole, run = work / "whole", work / "run"
+    assert train(trainer, args, whole) == 0, (work / "output.txt").read_text(encoding="utf-8")[-4000:]
+    expected, expected_adapter = losses(whole), adapter(whole)
+    kills = {"at a random moment": 0, "in a save": 0, "between the renames": 0}
+    found_old = lost = ended = equal = 0
+    while True:
         resume = ["--resume"] if complete_checkpoints(run) else []
-        had = _adapter_or_old(run / "adapter_model") is not None
-        if (at_random + in_a_save) % 3 == 2:
-            code = train(trainer, args, work, run, *resume, before=["-c", KILLED_IN_A_SAVE, str(draw.randint(1, 30))])
-            in_a_save += code == -9
+        had = find_adapter(run)
+        done = sum(kills.values())
+        kind = list(kills)[max(0, done % 4 - 1)]
+        if done == args.kills:
+            code = train(trainer, args, run, *resume)
+        elif kind == "at a random moment":
+            code = train(trainer, args, run, *resume, seconds=draw.uniform(0, 3))
         else:
-            code = train(trainer, args, work, run, *resume, limit=draw.uniform(4, 12))
-            at_random += code == -9
-        found = _adapter_or_old(run / "adapter_model")
-        between_renames += found is not None and found.name.endswith(".old")
-        lost += had and (found is None or not _adapter_shapes(found))
-        steps = [step_of(p) for p in complete_checkpoints(run)]
-        print(f"{trainer}: exit {code}, complete checkpoints {steps}, adapter {found and found.name}", file=sys.stderr)
-        if code == 0:  # reached its end before it was killed: once more from the start
+            which, among = ("renames", 9) if kind == "between the renames" else ("any", 200)
+            before = ["-c", KILLED_IN_A_SAVE, str(draw.randint(1, among)), str(run), which]
+            code = train(trainer, args, run, *resume, before=before)
+        assert code in (0, -9), (work / "output.txt").read_text(encoding="utf-8")[-4000:]
+        found = find_adapter(run)
+        lost += had is not None and found is None
+        found_old += found is not None and found.name.endswith(".old")
+        if code:
+            kills[kind] += 1
+        else:
+            ended += 1
+            adapters = (expected_adapter, adapter(run))
+            same = all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+            equal += same and set(losses(run)) == set(expected)
             shutil.rmtree(run)
-    if steps[-1:] != [args.steps]:
-        assert train(trainer, args, work, run, *(["--resume"] if steps else [])) == 0
-    losses = [{r["step"]: r["loss"] for r in read_log(folder)} for folder in (work / "whole", run)]
-    adapters = [load_file(folder / "adapter_model" / "adapter_model.safetensors") for folder in (work / "whole", run)]
-    return {
-        "trainer": trainer,
-        "kills": at_random + in_a_save,
-        "during a save": in_a_save,
-        "found between the renames": between_renames,
-        "adapters lost": lost,
-        "losses equal": losses[0] == losses[1],
-        "adapter equal": all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0]),
-    }
+        steps = [folder.name for folder in complete_checkpoints(run)]
+        print(f"{trainer}: {kind if code else 'to its end'}, {steps}, {found and found.name}", file=sys.stderr)
+        if done == args.kills and code == 0:
+            return {
+                "trainer": trainer,
+                "kills": kills,
+                "found only adapter_model.old": found_old,
+                "adapters lost": lost,
+                "runs to their end": ended,
+                "equal bit for bit": equal,
+            }
 
 
 def main(args):
-    with RESULTS.open("w", encoding="utf-8") as results:
-        for trainer in ("train_deepspeed", "train_trainer"):
-            with tempfile.TemporaryDirectory() as folder:
-                work, start = Path(folder), time.time()
-                write_jsonl(work / "train.txt", make_records(37, 1))
-                write_jsonl(work / "dev.txt", make_records(5, 2))
-                row = survive(trainer, args, work)
-                results.write(json.dumps({**row, "seconds": round(time.time() - start)}) + "\n")
-                print(json.dumps(row))
+    for trainer in args.trainers:
+        with tempfile.TemporaryDirectory() as folder:
+            work, start = Path(folder), time.time()
+            write_jsonl(work / "train.txt", make_records(37, 1))
+            write_jsonl(work / "dev.txt", make_records(5, 2))
+            print(json.dumps({**survive(trainer, args, work), "seconds": round(time.time() - start)}), flush=True)
     if args.fuzz:
         tests = ["tests/test_survival.py", "tests/test_ranks.py", "tests/test_untrusted.py"]
         env = {**os.environ, "FUZZ": str(args.fuzz), "STAGES": "0,1,2,3"}
