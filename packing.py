@@ -13,6 +13,7 @@ import math
 import random
 from bisect import bisect_left
 from concurrent.futures import ThreadPoolExecutor
+from heapq import heappop, heappush
 from itertools import islice
 
 import torch
@@ -29,19 +30,49 @@ MIN_SHARED = 4  # a shared node costs bookkeeping and attention blocks; shorter 
 # which examples a step has
 
 
-def optimizer_steps(n, batch_size, accumulation, world_size, seed, epoch):
+def optimizer_steps(sizes, batch_size, accumulation, world_size, seed, epoch):
     """The order of one epoch: for each optimizer step, for each rank, `accumulation` lists of example indices.
 
-    Every index occurs exactly once. The last step may be smaller; its examples are spread evenly over ranks and
-    micro-batches, some of which may be empty, so that every rank takes part in every step.
+    sizes: the tokens that each example adds to a row; the ranks of a step get nearly equal sums of them, since the
+    slowest sets the pace. Every index occurs exactly once, and the layout does not change which ones a step has. The
+    last step may be smaller; its examples are spread evenly over ranks and micro-batches, some of which may be empty,
+    so that every rank takes part in every step.
     """
-    order = list(range(n))
+    order = list(range(len(sizes)))
     random.Random(f"{seed}-{epoch}").shuffle(order)
     cells = accumulation * world_size
-    for start in range(0, n, batch_size * cells):
+    for start in range(0, len(order), batch_size * cells):
         group = order[start : start + batch_size * cells]
-        parts = [group[len(group) * i // cells : len(group) * (i + 1) // cells] for i in range(cells)]
-        yield [parts[rank * accumulation : (rank + 1) * accumulation] for rank in range(world_size)]
+        if world_size == 1:  # nobody waits for another
+            yield [[group[len(group) * i // cells : len(group) * (i + 1) // cells] for i in range(cells)]]
+        else:
+            yield [_deal(share, sizes, accumulation) for share in _deal(group, sizes, world_size)]
+
+
+def _deal(group, sizes, hands):
+    """Indices parted into `hands` lists: equally many in each, or one more, and nearly equal sums of their sizes."""
+    room = [len(group) * (hand + 1) // hands - len(group) * hand // hands for hand in range(hands)]
+    dealt, heap = [[] for _ in room], [(0, hand) for hand in range(hands) if room[hand]]
+    for i in sorted(group, key=lambda i: -sizes[i]):  # the largest first, each to the least that has room
+        total, hand = heappop(heap)
+        dealt[hand].append(i)
+        if len(dealt[hand]) < room[hand]:
+            heappush(heap, (total + sizes[i], hand))
+    return dealt
+
+
+def added_tokens(examples, together):
+    """How many tokens each example adds to a prefix row in which `together` examples stand, drawn at random.
+
+    Its own are those behind what it shares with one of every `together` examples: that far apart in sorted order.
+    """
+    order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_ids)
+    prompts, apart = [examples[i].prompt_ids for i in order], max(1, len(examples) // together)
+    shared = [0] * apart + [_shared(*pair) for pair in zip(prompts, prompts[apart:], strict=False)] + [0] * apart
+    sizes = [len(e.prompt_ids) + len(e.answer_ids) for e in examples]
+    for i, before, after in zip(order, shared, shared[apart:], strict=False):
+        sizes[i] -= max(before, after)
+    return sizes
 
 
 class TrainLoader:
@@ -54,6 +85,8 @@ class TrainLoader:
     def __init__(self, examples, batch_size, accumulation, collate, seed, rank=0, world_size=1):
         self.examples, self.collate = examples, collate
         self.shape, self.seed, self.rank = (batch_size, accumulation, world_size), seed, rank
+        # one rank needs none: nobody waits for it
+        self.sizes = added_tokens(examples, batch_size) if world_size > 1 else [0] * len(examples)
         self.epoch = self.skipped = 0
         self.steps_per_epoch = -(-len(examples) // (batch_size * accumulation * world_size))
 
@@ -76,7 +109,7 @@ class TrainLoader:
     def lines(self, step):
         """Where the examples of a 0-based optimizer step, those of all ranks, stand in their file."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        parts = next(islice(optimizer_steps(len(self.examples), *self.shape, self.seed, epoch), index, None))
+        parts = next(islice(optimizer_steps(self.sizes, *self.shape, self.seed, epoch), index, None))
         return sorted(self.examples[i].line for rank in parts for part in rank for i in part)
 
     def __iter__(self):
@@ -89,7 +122,7 @@ class TrainLoader:
                 yield batch
 
     def _batches(self):
-        steps = optimizer_steps(len(self.examples), *self.shape, self.seed, self.epoch)
+        steps = optimizer_steps(self.sizes, *self.shape, self.seed, self.epoch)
         for step in islice(steps, self.skipped, None):
             tokens = sum(len(self.examples[i].answer_ids) for parts in step for part in parts for i in part)
             for part in step[self.rank]:

@@ -131,14 +131,17 @@ def choose_lengths(lengths, count=ROW_LENGTHS):
 def compile_layers(model, loader, packing, pad_id, graphs, bind):
     """Compile a PEFT model's layers for the rows that `loader` gives; from then on it pads them to few lengths.
 
+    The lengths are the same on all ranks: those of rank 0's rows. A rank that met one later would compile it later,
+    and the others would wait.
     model.lora: the one trainable parameter. bind(flat): lets the layers compute with views of another in its place.
     """
-    lengths = []
+    lengths, rank, loader.rank = [], loader.rank, 0
     for epoch in range(-(-SAMPLED_BATCHES // len(loader))):
         loader.set_epoch(epoch)
         batches = islice(loader, SAMPLED_BATCHES - epoch * len(loader))
         lengths += [row["input_ids"].shape[1] for batch in batches for row in batch["rows"]]
     loader.set_epoch(0)
+    loader.rank = rank
     lengths = choose_lengths(lengths)
     model.compiled_layers = CompiledLayers(model, lengths, graphs, bind)
     loader.collate = make_collate(packing, pad_id, lengths)

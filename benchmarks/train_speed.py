@@ -2,27 +2,38 @@
 
     python benchmarks/train_speed.py                                   # CPU: the tiny model and the demo corpus
     python benchmarks/train_speed.py --shape=7b --batch=12,64,192 --corpus=msra_train.txt --tokenizer=tokenizer.model
+    python benchmarks/train_speed.py --gpus=2,4,8 --batch=64,192 --steps=25 --shape=7b --corpus=… --tokenizer=…
 
 Ours are train_deepspeed.py and train_trainer.py themselves, as subprocesses, read from train_log.jsonl after the
 warm-up; the others are loops written here. --shape=7b makes a randomly initialised model of LLaMA 7B's shape on the
-GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a list of {"how", "batch",
-"examples_per_second", "ms_per_step", "peak_gib", "unique_tokens_per_second", "matrix_rate_share"}.
+GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a list of objects with the keys COLUMNS.
+
+--gpus: only our two trainers, on one GPU and on each of these numbers of one host, with the ZeRO stages --zero; the
+rows are added to those in the file. linear_share is the speed over that of as many GPUs alone, in the same run. loss_gap
+and adapter_gap are against the raw loop on one GPU with ZeRO-1 and the same examples a step, by accumulation: the
+largest difference of a logged loss, and the norm of the lora_B's difference, both as a share. Without a GPU it
+rehearses with processes on the CPU; their speed then says nothing.
 
 how: original (every example padded to 192; on CUDA fp16 with the optimizer on the CPU), peft (padded to the longest,
 autocast, dropout 0.1), sorted (the same, similar lengths together, dropout 0), liger (PEFT with Liger kernels, if
 installed); none, plain, prefix: our packings through the raw loop; trainer: prefix through the Trainer.
 """
 
+import itertools
 import json
+import os
 import random
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,9 +53,11 @@ from packing import pad_batch, tree_row
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
-    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny) | 7b (random weights, 13 GB on disk)
-    "batch": [12, 48],  # examples a step
+    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny) | 7b (random weights, 13 GB on disk) | a model's folder
+    "batch": [12, 48],  # examples a step and GPU
     "how": ["original", "peft", "sorted", "liger", "none", "plain", "prefix", "trainer"],  # see above
+    "gpus": [1],  # numbers of GPUs of this host, see above
+    "zero": [1, 2, 3],  # ZeRO stages, with several GPUs
     "steps": 40,  # timed steps of ours, after as many for the warm-up
     "seconds": 10,  # timed seconds of the other loops
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's
@@ -53,9 +66,17 @@ CONFIG = {
     "work_dir": "benchmarks/work",  # model, data and runs; git-ignored
     "peer": None,  # internal: measure this loop in this process
 }
+OURS = ("none", "plain", "prefix", "trainer")
+COLUMNS = """how batch gpus zero examples_per_second ms_per_step peak_gib unique_tokens_per_second matrix_rate_share
+linear_share loss_gap adapter_gap""".split()
+RESULTS = ROOT / "benchmarks" / "results"
 LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
 SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def folder_of(shape, work):
+    return {"tiny": ROOT / "model_hub" / "chinese-alpaca-tiny", "7b": work / "7b"}.get(shape) or Path(shape).resolve()
 
 
 def prepare(args, work):
@@ -71,14 +92,12 @@ def prepare(args, work):
             ]
             example = {"instruct": instruct, "query": QUERY_PREFIX + record["text"], "answer": format_answer(entities)}
             file.write(json.dumps(example, ensure_ascii=False) + "\n")
-    if args.shape == "tiny":
-        return ROOT / "model_hub" / "chinese-alpaca-tiny"
-    if args.shape != "7b" or not args.tokenizer:
-        raise UserError("--shape: expected tiny, or 7b with --tokenizer=<tokenizer.model>")
-    model_dir = work / "7b"
-    if not (model_dir / "config.json").exists():
+    model_dir = folder_of(args.shape, work)
+    if args.shape == "7b" and not (model_dir / "config.json").exists():
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        if not args.tokenizer:
+            raise UserError("--shape=7b: also give --tokenizer=<tokenizer.model>")
         save_tokenizer(args.tokenizer, model_dir)
         config = LlamaConfig(
             vocab_size=load_tokenizer(model_dir).vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPE_7B
@@ -106,31 +125,63 @@ def matrix_rate(device):
     return 2 * n**3 / statistics.median(times[5:])
 
 
-def measure_ours(args, how, batch, model_dir, work):
-    """Run a trainer and read its log: examples/s, and the peak memory on CUDA."""
+def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1):
+    """Run a trainer through the launcher. Returns the folder of the run."""
     script = "train_trainer.py" if how == "trainer" else "train_deepspeed.py"
-    run = work / f"{how}-{batch}"
+    run = work / f"{how}-{batch}x{accumulation}-gpus{gpus}-zero{zero}"
     shutil.rmtree(run, ignore_errors=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launcher = [f"--num_accelerators={gpus}", f"--master_port={free.getsockname()[1]}"]
     command = [
-        *(shutil.which("deepspeed") or "deepspeed", ROOT / script, f"--model_dir={model_dir}", f"--save_dir={run}"),
-        *(f"--train_path={work}/train.txt", f"--dev_path={work}/train.txt", "--eval_steps=-1", "--log_steps=4"),
-        *(f"--train_batch_size={batch}", f"--packing={'prefix' if how == 'trainer' else how}"),
-        *(f"--max_steps={2 * args.steps}", f"--deepspeed_json_path={ROOT / 'deepspeed.json'}", *args.options.split()),
+        *(shutil.which("deepspeed") or "deepspeed", *launcher, ROOT / script),
+        *(f"--model_dir={model_dir}", f"--save_dir={run}", f"--deepspeed_json_path={ROOT / 'deepspeed.json'}"),
+        *(f"--train_path={work}/train.txt", f"--dev_path={work}/train.txt", "--eval_steps=-1", "--log_steps=5"),
+        *(f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"),
+        *(f"--packing={'prefix' if how == 'trainer' else how}", f"--deepspeed_zero_optimization_stage={zero}"),
+        *(f"--max_steps={2 * args.steps}", *args.options.split()),
     ]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
+    env = {**os.environ, "NCCL_NVLS_ENABLE": "0"}  # NVLink multicast: not every host lets a process have it
+    if not torch.cuda.is_available():  # more threads than cores wait for each other
+        env.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // gpus)))
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=env
+    )
     if result.returncode:
         raise UserError(f"{script} failed: {(result.stdout + result.stderr)[-1500:]}")
     (run / "output.txt").write_text(result.stdout + result.stderr, encoding="utf-8")
-    log = [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return run
+
+
+def read_log(run):
+    return [json.loads(line) for line in (run / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def speed_of(args, run):
+    """Examples/s of all GPUs, and the peak memory of the first on CUDA."""
+    log = read_log(run)
     # The median: a row length that first occurs late is compiled late.
     speed = statistics.median(row["examples_per_second"] for row in log if row["step"] > args.steps)
     return speed, log[-1].get("peak_gib")
 
 
-def measure_peer(args, how, batch, model_dir, work):
+def gaps(run, reference):
+    """How far a run's losses and lora_B are from another's, as shares; UserError where it has not saved the same tensors."""
+    losses, expected = ([row["loss"] for row in read_log(r)] for r in (run, reference))
+    loss_gap = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
+    ours, theirs = (load_file(r / "adapter_model" / "adapter_model.safetensors") for r in (run, reference))
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise UserError(f"{run}/adapter_model: not the same tensors as {reference}/adapter_model")
+    pairs = [(ours[name].double(), tensor.double()) for name, tensor in theirs.items() if "lora_B" in name]
+    difference, norm = sum((a - b).square().sum() for a, b in pairs), sum(b.square().sum() for _, b in pairs)
+    adapter_gap = (difference / norm).sqrt().item()
+    return {"loss_gap": float(f"{loss_gap:.2g}"), "adapter_gap": float(f"{adapter_gap:.2g}")}
+
+
+def measure_peer(how, batch, model_dir, work, seconds):
     """Run one of the other loops in a process of its own, so that memory is its own too."""
     command = [sys.executable, __file__, f"--peer={how}", f"--batch={batch}", f"--work_dir={work}"]
-    command += [f"--shape={args.shape}", f"--seconds={args.seconds}"] + [f"--tokenizer={args.tokenizer}"]
+    command += [f"--shape={model_dir}", f"--seconds={seconds}"]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
     if result.returncode:
         raise UserError(f"{how} failed: {(result.stdout + result.stderr)[-1500:]}")
@@ -217,11 +268,17 @@ def unique_tokens(examples, batch, share):
 def main(args):
     work = Path(args.work_dir).resolve()
     if args.peer:
-        model_dir = ROOT / "model_hub" / "chinese-alpaca-tiny" if args.shape == "tiny" else work / "7b"
-        run_peer(args.peer, args.batch[0], model_dir, work, args.seconds)
+        run_peer(args.peer, args.batch[0], folder_of(args.shape, work), work, args.seconds)
         return
-    model_dir = prepare(args, work)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    several, given = sorted({1, *args.gpus}) != [1], ",".join(map(str, args.gpus))
+    limit = torch.cuda.device_count() or 8  # processes on a CPU
+    if not 1 <= min(args.gpus) <= max(args.gpus) <= limit:
+        raise UserError(f"--gpus={given}: expected numbers from 1 to {limit} on this machine")
+    hows = [how for how in args.how if how in ("prefix", "trainer") or not several]
+    if not hows:
+        raise UserError(f"--gpus={given}: of --how only prefix and trainer run on several GPUs; name one of them")
+    model_dir = prepare(args, work)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     rate = matrix_rate(device)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
@@ -231,32 +288,47 @@ def main(args):
     random.Random(0).shuffle(examples)
     print(f"{name}: {rate / 1e12:.1f} TFLOP/s in a square matrix product; {len(examples)} examples", flush=True)
 
-    results = []
-    plan = [(how, batch) for batch in args.batch for how in args.how]
-    for how, batch in tqdm(plan, desc="measuring", dynamic_ncols=True):
-        if how == "liger":
-            try:
-                import liger_kernel  # noqa: F401
-            except ImportError:
-                continue
-        ours = how in ("none", "plain", "prefix", "trainer")
-        speed, peak = (measure_ours if ours else measure_peer)(args, how, batch, model_dir, work)
+    out = RESULTS / f"train_speed-{name.replace(' ', '_')}.json"
+    stages = args.zero if several else [1]
+    plan = list(itertools.product(args.batch, stages, hows, sorted({1, *args.gpus})))
+    results = json.loads(out.read_text(encoding="utf-8")) if several and out.is_file() else []
+    results = [row for row in results if tuple(map(row.get, ("batch", "zero", "how", "gpus"))) not in plan]
+    measured = {}  # what train was asked -> the folder of that run
+
+    def run_of(how, batch, **layout):
+        key = (how, batch, *layout.items())
+        measured[key] = measured.get(key) or train(args, how, batch, model_dir, work, **layout)
+        return measured[key]
+
+    for batch, zero, how, gpus in tqdm(plan, desc="measuring", dynamic_ncols=True):
+        if how == "liger" and not find_spec("liger_kernel"):
+            continue
+        row = {"how": how, "batch": batch, "gpus": gpus}
+        if how in OURS:
+            run = run_of(how, batch, gpus=gpus, zero=zero, accumulation=1)
+            (speed, peak), row["zero"] = speed_of(args, run), zero
+        else:
+            speed, peak = measure_peer(how, batch, model_dir, work, args.seconds)
         tokens = unique_tokens(examples, batch, how in ("prefix", "trainer")) * speed
-        row = {"how": how, "batch": batch, "examples_per_second": round(speed, 1)}
-        row |= {"ms_per_step": round(1000 * batch / speed, 1), "peak_gib": peak and round(peak, 1)}
         row |= {
+            "examples_per_second": round(speed, 1),
+            "ms_per_step": round(1000 * batch * gpus / speed, 1),
+            "peak_gib": peak and round(peak, 1),
             "unique_tokens_per_second": round(tokens),
-            "matrix_rate_share": round(4 * parameters * tokens / rate, 3),
+            "matrix_rate_share": round(4 * parameters * tokens / rate / gpus, 3),
         }
+        if several:
+            alone, _ = speed_of(args, run_of(how, batch, gpus=1, zero=zero, accumulation=1))
+            reference = run_of("prefix", batch, gpus=1, zero=1, accumulation=gpus)
+            row |= {"linear_share": round(speed / alone / gpus, 3), **gaps(run, reference)}
         results.append(row)
         tqdm.write(" | ".join(f"{key} {value}" for key, value in row.items()))
-        out = ROOT / "benchmarks" / "results" / f"train_speed-{name.replace(' ', '_')}.json"
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print("\n| how | batch | examples/s | ms/step | peak GiB | unique tokens/s | share of the matrix rate |")
-    print("|---|---|---|---|---|---|---|")
+    columns = [key for key in COLUMNS if any(row.get(key) is not None for row in results)]
+    print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in results:
-        print("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |")
+        print("| " + " | ".join("" if row.get(key) is None else f"{row[key]}" for key in columns) + " |")
 
 
 if __name__ == "__main__":

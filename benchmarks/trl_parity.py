@@ -64,9 +64,8 @@ def run_trl(args, work, settings):
     tokenizer = load_tokenizer(MODEL_DIR)
     examples = encode_examples(tokenizer, read_examples(TRAIN_PATH))
     epochs = -(-args.steps * args.batch // len(examples))
-    steps = (
-        s for epoch in range(epochs) for s in optimizer_steps(len(examples), args.batch, 1, 1, config["seed"], epoch)
-    )
+    sizes = [0] * len(examples)  # matter to several ranks alone
+    steps = (s for epoch in range(epochs) for s in optimizer_steps(sizes, args.batch, 1, 1, config["seed"], epoch))
     order = [i for ((part,),) in steps for i in part]
     rows = [
         {

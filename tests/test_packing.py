@@ -17,6 +17,7 @@ from packing import (
     IGNORE_INDEX,
     MIN_SHARED,
     TrainLoader,
+    added_tokens,
     eval_batches,
     make_collate,
     optimizer_steps,
@@ -26,7 +27,7 @@ from packing import (
     tree_mask,
     tree_row,
 )
-from tree_attention import choose_lengths, mask_buffers
+from tree_attention import choose_lengths, compile_layers, mask_buffers
 
 
 def example(prompt, answer):
@@ -47,27 +48,86 @@ def test_a_pad_token_in_the_users_text_still_carries_loss():
     assert batch["attention_mask"][0].tolist()[:4] == [1, 1, 1, 1]
 
 
+def sizes_of(n):
+    draw = random.Random(n)
+    return [draw.choice([9, 20, 21, 300]) for _ in range(n)]
+
+
 @pytest.mark.parametrize(
-    "n, batch, accumulation, ranks", [(205, 12, 1, 1), (205, 3, 4, 2), (7, 4, 2, 4), (24, 4, 2, 3)]
+    "n, batch, accumulation, ranks", [(205, 12, 1, 1), (205, 3, 4, 2), (7, 4, 2, 4), (24, 4, 2, 3), (211, 5, 3, 8)]
 )
 def test_every_example_once_an_epoch(n, batch, accumulation, ranks):
     for epoch in range(3):
-        steps = list(optimizer_steps(n, batch, accumulation, ranks, 42, epoch))
+        steps = list(optimizer_steps(sizes_of(n), batch, accumulation, ranks, 42, epoch))
         assert len(steps) == -(-n // (batch * accumulation * ranks))
         assert all(len(step) == ranks and {len(parts) for parts in step} == {accumulation} for step in steps)
         assert sorted(i for step in steps for parts in step for part in parts for i in part) == list(range(n))
         assert all(len(part) <= batch for step in steps for parts in step for part in parts)
+        for step in steps:  # nobody has two more than another
+            assert max(sum(map(len, parts)) for parts in step) - min(sum(map(len, parts)) for parts in step) <= 1
+            counts = [len(part) for parts in step for part in parts]
+            assert max(counts) - min(counts) <= 1
 
 
 def test_layout_does_not_change_which_examples_a_step_has():
-    def sets(*shape):
-        return [
-            sorted(i for parts in step for part in parts for i in part) for step in optimizer_steps(205, *shape, 42, 1)
-        ]
+    def sets(sizes, *shape):
+        steps = optimizer_steps(sizes, *shape, 42, 1)
+        return [sorted(i for parts in step for part in parts for i in part) for step in steps]
 
-    assert sets(12, 1, 1) == sets(3, 4, 1) == sets(3, 2, 2) == sets(1, 1, 12)
-    orders = [next(iter(optimizer_steps(205, 12, 1, 1, seed, epoch))) for seed, epoch in ((42, 0), (42, 1), (43, 0))]
+    sizes = sizes_of(205)
+    expected = sets(sizes, 12, 1, 1)
+    assert expected == sets(sizes, 3, 4, 1) == sets(sizes, 3, 2, 2) == sets(sizes, 1, 1, 12) == sets([0] * 205, 3, 1, 4)
+    orders = [next(iter(optimizer_steps(sizes, 12, 1, 1, seed, epoch))) for seed, epoch in ((42, 0), (42, 1), (43, 0))]
     assert orders[0] != orders[1] and orders[0] != orders[2]
+
+
+def test_one_rank_has_the_shuffled_order_whatever_the_sizes():
+    order = list(range(205))
+    random.Random("42-1").shuffle(order)
+    steps = optimizer_steps(sizes_of(205), 3, 4, 1, 42, 1)
+    assert [i for ((*parts,),) in steps for part in parts for i in part] == order
+
+
+def test_ranks_get_equal_numbers_of_tokens():
+    """Of two instructions, one of them long, and texts of 5 to 300 tokens: the row of no rank is much above the mean.
+
+    Of drawn examples it would be; so it is if the instruction counts, which a row holds once.
+    """
+    draw = random.Random(0)
+    instructions = [[1, *range(1000, 1080)], [1, *range(2000, 2300)]]
+    examples = []
+    for _ in range(960):
+        text = [draw.randrange(3, 900) for _ in range(min(300, int(draw.lognormvariate(3.5, 0.8)) + 5))]
+        examples.append(TokenizedExample(draw.choice(instructions) + text, [7] * draw.randint(1, 30) + [EOS]))
+
+    def excess(sizes, batch, accumulation, ranks):
+        """The mean over steps of the longest row of a micro-batch and rank over their mean."""
+        ratios = []
+        for step in optimizer_steps(sizes, batch, accumulation, ranks, 42, 0):
+            rows = [len(tree_row([examples[i] for i in part])["input_ids"]) for parts in step for part in parts]
+            ratios.append(max(rows) * len(rows) / sum(rows))
+        return sum(ratios) / len(ratios) - 1
+
+    sizes = added_tokens(examples, 12)
+    assert all(len(e.answer_ids) < n <= len(e.answer_ids) + 300 for n, e in zip(sizes, examples, strict=True))
+    whole = [len(e.prompt_ids) + len(e.answer_ids) for e in examples]
+    for shape in ((12, 1, 8), (12, 2, 4)):
+        assert excess(sizes, *shape) < 0.03
+        assert excess([0] * 960, *shape) > 0.2 and excess(whole, *shape) > 0.06
+
+
+def test_all_ranks_pad_to_the_same_lengths(lora_model):
+    """Else each would wait for the others to compile lengths of their own."""
+    examples = [example(draw, 3) for draw in range(50, 600, 10)]
+    lengths = []
+    for rank in range(2):
+        loader = TrainLoader(examples, 1, 1, make_collate("prefix", 0), 42, rank, 2)
+        expected = [batch["rows"][0]["input_ids"] for batch in loader]
+        lengths.append(compile_layers(lora_model, loader, "prefix", 0, False, None))
+        rows = [batch["rows"][0]["input_ids"] for batch in loader]
+        assert all(torch.equal(a[0, : b.shape[1]], b[0]) for a, b in zip(rows, expected, strict=True))
+        assert {row.shape[1] for row in rows} <= set(lengths[0])
+    assert lengths[0] == lengths[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 4])

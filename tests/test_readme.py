@@ -40,6 +40,7 @@ source .venv/bin/activate
 pip install -r requirements.txt
 deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
+python benchmarks/train_speed.py --gpus=2,4,8 --batch=64,192 --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
 deepspeed --hostfile=hostfile train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 """
 

@@ -1,0 +1,56 @@
+"""benchmarks/train_speed.py --gpus, rehearsed with two processes on the CPU.
+
+python -m pytest tests/test_train_speed.py
+"""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config_utils import UserError, parse_config
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import train_speed
+
+
+def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch, capsys):
+    """A row for one and a row for two, behind those of earlier runs; both runs have learnt what one process learns."""
+    monkeypatch.setattr(train_speed, "RESULTS", tmp_path)
+    lines = (ROOT / "data" / "demo" / "ori_data" / "train.txt").read_text(encoding="utf-8").splitlines()[:30]
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    earlier = [{"how": "peft", "batch": 3}, {"how": "prefix", "batch": 3, "gpus": 2, "zero": 1, "loss_gap": 1}]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    file = tmp_path / f"train_speed-{device.replace(' ', '_')}.json"
+    file.write_text(json.dumps(earlier), encoding="utf-8")
+    options = [f"--shape={base_dir}", f"--corpus={tmp_path}/corpus.txt", f"--work_dir={tmp_path}/work", "--gpus=2"]
+    options += ["--batch=3", "--zero=1", "--how=peft,prefix", "--steps=3", "--options=--precision=fp32"]
+    train_speed.main(parse_config(train_speed.CONFIG, train_speed.__file__, options))
+
+    kept, one, two = json.loads(file.read_text(encoding="utf-8"))
+    assert kept == earlier[0]
+    assert [[row[key] for key in ("how", "batch", "gpus", "zero")] for row in (one, two)] == [
+        ["prefix", 3, 1, 1],
+        ["prefix", 3, 2, 1],
+    ]
+    assert one["linear_share"] == 1 and one["loss_gap"] == one["adapter_gap"] == 0
+    ratio = two["examples_per_second"] / one["examples_per_second"] / 2
+    assert two["linear_share"] == pytest.approx(ratio, rel=0.01)
+    assert two["loss_gap"] < 1e-4 and 0 < two["adapter_gap"] < 1e-3  # not the same run, but the same training
+    assert f"| prefix | 3 | 2 | 1 | {two['examples_per_second']} |" in capsys.readouterr().out
+
+    work = tmp_path / "work"
+    alone, run, reference = (work / f"prefix-3x{k}-gpus{n}-zero1" for k, n in ((1, 1), (1, 2), (2, 1)))
+    assert " × 2, 精度" in (run / "output.txt").read_text(encoding="utf-8")
+    different = train_speed.gaps(alone, reference)  # of another batch size
+    assert different["loss_gap"] > 1e-4 and different["adapter_gap"] > 1e-2
+    broken = shutil.copytree(run, tmp_path / "broken")
+    weights = load_file(run / "adapter_model" / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, broken / "adapter_model" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="broken/adapter_model: not the same tensors"):
+        train_speed.gaps(broken, reference)
