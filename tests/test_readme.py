@@ -6,7 +6,6 @@ trained and answered (SHORTER), and the port of the deepspeed launcher, so that 
 way. The real corpora that README.md names are played by a part of the demo's own.
 """
 
-import ast
 import json
 import os
 import re
@@ -18,6 +17,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import config_tables
+from config_utils import _source
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README_EN.md")
@@ -178,19 +180,17 @@ def test_both_languages_have_the_same_commands():
 
 @pytest.mark.parametrize("readme", READMES)
 def test_settings_shown_are_those_of_the_code(readme):
-    def config(source):
-        return next(
-            ast.literal_eval(node.value)
-            for node in ast.parse(source).body
-            if isinstance(node, ast.Assign) and node.targets[0].id == "CONFIG"
-        )
-
-    (shown,) = map(config, blocks(readme, "python"))
-    for script in ("train_trainer.py", "train_deepspeed.py"):
-        real = config((ROOT / script).read_text(encoding="utf-8"))
-        assert shown == real and list(shown) == list(real), script
+    assert config_tables.shown(readme) == config_tables.tables(readme), "python tests/config_tables.py writes it anew"
     (deepspeed,) = (block for block in blocks(readme, "json") if "optimizer" in block)
     assert json.loads(deepspeed) == json.loads((ROOT / "deepspeed.json").read_text(encoding="utf-8"))
+
+
+def test_every_script_has_its_table():
+    found = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("model_hub/*.py")) if "\nCONFIG = {" in path.read_text()]
+    names = {str(path.relative_to(ROOT)) for path in found}
+    assert names == {*config_tables.SCRIPTS, "train_deepspeed.py"}
+    (_, one), (_, other) = (_source(ROOT / script) for script in ("train_trainer.py", "train_deepspeed.py"))
+    assert other == {key: comment.replace("train_trainer", "train_deepspeed") for key, comment in one.items()}
 
 
 @pytest.mark.parametrize("readme", READMES)
