@@ -30,7 +30,7 @@ SHORTER = {  # how a line begins -> what is added to it; an adapter of 20 steps 
     r"python predict\.py": " --max_new_tokens=64",
 }
 
-# Every line of the ```console blocks: a clone, make (which runs this test), installation, several GPUs.
+# Every line of the ```console blocks: a clone, make (which runs this test), installation, long training, several GPUs.
 CONSOLE = """\
 git clone <repository> Chinese-LLaMA-Alpaca-LoRA-Tuning
 cd Chinese-LLaMA-Alpaca-LoRA-Tuning
@@ -40,6 +40,12 @@ source .venv/bin/activate
 python3 -m venv .venv
 source .venv/bin/activate
 pip install -r requirements.txt
+deepspeed train_trainer.py --data_name=mine --model_dir=./model_hub/chinese-alpaca-7b
+python test.py --data_name=mine
+python predict.py --data_name=mine --text=周五上午，程立群到了苏州。
+deepspeed train_trainer.py --data_name=qa --model_dir=./model_hub/chinese-alpaca-7b --eval_steps=100 --best=loss
+python test.py --data_name=qa --metric=exact
+python predict.py --data_name=qa --text=一周有几天？
 deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 deepspeed --hostfile=hostfile train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
