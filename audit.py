@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 
 from config_utils import UserError
-from dataset import NO_ENTITY, encode_examples, fit_length, parse_answer, read_examples
+from dataset import NO_ENTITY, encode_examples, fit_length, is_ner, parse_answer, read_examples
 
 SHOWN = 3  # places of each warning, and of malformed lines
 KEPT = 0.999  # share of the rows that the proposed max_seq_length keeps
@@ -69,13 +69,11 @@ def audit(paths, tokenizer, max_seq_length, columns=("instruct", "query", "answe
     return audited
 
 
-def is_ner(parsed):
-    """Whether most answers are entity lines; an adapter for another task needs none of the checks of entities."""
-    return 2 * sum(bool(answer.malformed) for answer in parsed) <= len(parsed)
-
-
 def find_warnings(records, train=None):
-    """{key of WARNINGS: [(line, detail)]} of one file's records; `train`: the training records, if these are dev."""
+    """{key of WARNINGS: [(line, detail)]} of one file's records; `train`: the training records, if these are dev.
+
+    Data of another task than NER need none of the checks of entities.
+    """
     found = {kind: [] for kind in WARNINGS}
     parsed = [parse_answer(r["answer"], r["text"]) for r in records]
     ner = is_ner(parsed)
@@ -83,18 +81,18 @@ def find_warnings(records, train=None):
     instructs = {r["instruct"] for r in records}
     named = any(kind in instruct for kind in kinds for instruct in instructs)  # an own instruction may list no types
     trained = None if train is None else {k for r in train for _, k in parse_answer(r["answer"]).entities}
-    train_texts = {r["text"] for r in train or []}
+    train_texts = {input_of(r) for r in train or []}
     seen = {}
     for record, answer in zip(records, parsed, strict=True):
         line, given = record["line"], record["answer"]
         if not given.strip():
-            found["empty"].append((line, record["text"]))
+            found["empty"].append((line, input_of(record)))
         first = seen.setdefault((record["instruct"], record["query"]), record)
         if first is not record:
             kind = "repeated" if first["answer"] == given else "contradiction"
-            found[kind].append((line, f"同第 {first['line']} 行: {record['text']}"))
-        if record["text"] in train_texts:
-            found["overlap"].append((line, record["text"]))
+            found[kind].append((line, f"同第 {first['line']} 行: {input_of(record)}"))
+        if input_of(record) in train_texts:
+            found["overlap"].append((line, input_of(record)))
         if not ner:
             continue
         if answer.malformed:
@@ -109,6 +107,11 @@ def find_warnings(records, train=None):
         if answer.not_in_text:
             found["absent"].append((line, "_".join(answer.not_in_text[0])))
     return found
+
+
+def input_of(record):
+    """What a record is about: its text, or where it has none, as a question that is all instruction, that."""
+    return record["text"] or record["instruct"]
 
 
 def describe_warnings(path, warnings):

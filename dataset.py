@@ -312,13 +312,18 @@ def gold_entities(example):
     return [{"entity": entity, "type": kind, "spans": sorted(s)} for (entity, kind), s in spans.items()]
 
 
+def is_ner(parsed):
+    """Whether most of the ParsedAnswers are entity lines; where they are not, the data are of another task than NER."""
+    return 2 * sum(bool(answer.malformed) for answer in parsed) <= len(parsed)
+
+
 def labels_of(examples):
     """The entity types that occur in the answers, in the order in which the instruction names them.
 
-    None where most answers are no entity lines: of another task than NER.
+    None of them, [], where the answers are of another task than NER.
     """
     parsed = [parse_answer(example["answer"]) for example in examples]
-    if 2 * sum(bool(answer.malformed) for answer in parsed) > len(parsed):
+    if not is_ner(parsed):
         return []
     kinds = dict.fromkeys(kind for answer in parsed for _, kind in answer.entities)
     instruct = examples[0]["instruct"]

@@ -323,6 +323,7 @@ def predict_rows(model, tokenizer, examples, labels, max_new_tokens=512, batch_s
 
     A row: {"text", "answer", "prediction", "entities", "log_probability"}, "gold" where there is a right answer and
     "problems" where there are any. `gold` (exact spans) and `problems` (counts) let metrics be recomputed from the file.
+    labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold.
     """
     prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
     texts = [example["text"] for example in examples]
@@ -348,8 +349,10 @@ def evaluate_f1(model, tokenizer, examples, labels):
 
 
 def _row(example, answer, labels):
-    parsed = parse_answer(answer.text or "", example["text"], labels)
+    ner = labels is not None
+    parsed = parse_answer((ner and answer.text) or "", example["text"], labels)
     row = {
+        **({} if ner else {"instruct": example["instruct"]}),
         "text": example["text"],
         "answer": example["answer"],
         "prediction": answer.text,
@@ -361,7 +364,7 @@ def _row(example, answer, labels):
         for entity in row["entities"]:
             entity["confidence"] = round(confidences[f"{entity['entity']}_{entity['type']}"], 4)
         row["log_probability"] = round(answer.log_probability, 4)
-    if example["answer"] is not None:
+    if ner and example["answer"] is not None:
         row["gold"] = gold_entities(example)
     problems = {name: len(getattr(parsed, name)) for name in ("malformed", "unknown_type", "not_in_text", "repeated")}
     problems["repeated"] += answer.repeated

@@ -85,6 +85,16 @@ def _interval(sentences):
     return [float(bound) for bound in numpy.percentile(scores, [2.5, 97.5])]
 
 
+def exact(rows):
+    """Rows -> {"exact": {"share", "interval"}, "cut", "examples"}: how many answers are, to the character, the right one."""
+    rows = list(rows)
+    hits = [row["prediction"] == row["answer"] for row in rows]
+    share = sum(hits) / len(hits) if hits else 0.0
+    interval = _interval([(hit, 1, 1) for hit in hits])  # of one predicted and one right answer each, F1 is the share
+    cut = sum(row.get("problems", {}).get("cut", 0) for row in rows)
+    return {"exact": {"share": share, "interval": interval}, "cut": cut, "examples": len(rows)}
+
+
 def table(metrics, perfect=None):
     """Metrics as an aligned table in Chinese, rates in percent.
 
@@ -100,7 +110,7 @@ def table(metrics, perfect=None):
     text = [_pad(line[0], widths[0]) + _right(line[1:], widths[1:]) for line in lines]
     half = _width(text[0]) - sum(widths[5:]) - 2 * len(head)
     text.insert(0, _pad(_pad("", widths[0] + 2) + VIEWS["string"], half + 2) + VIEWS["span"])
-    bounds = [f"{title} {_percent(metrics[view]['micro']['f1_interval'])}" for view, title in VIEWS.items()]
+    bounds = [f"{title} {percents(metrics[view]['micro']['f1_interval'])}" for view, title in VIEWS.items()]
     text.append(f"总计 F1 的 95% 区间：{'，'.join(bounds)}（对句子重采样 {RESAMPLES} 次）")
     if perfect:
         rates = [f"{title} F1 {perfect[view]['micro']['f1']:.2%}" for view, title in VIEWS.items()]
@@ -109,7 +119,8 @@ def table(metrics, perfect=None):
     return "\n".join([*text, "，".join(f"{title} {count}" for title, count in counts)])
 
 
-def _percent(bounds):
+def percents(bounds):
+    """[low, high] as fractions -> text."""
     return "–".join(f"{100 * bound:.2f}" for bound in bounds)
 
 

@@ -75,8 +75,8 @@ def read_texts(args):
             if not isinstance(record.get(key), str | None):
                 raise UserError(f"{args.input_path}:{number}: `{key}` must be a string, got {record[key]!r}")
         record |= optional_columns(args.input_path, number, record, record.get("query") or "")
-        if not record["text"] and not record.get("query"):
-            raise UserError(f"{args.input_path}:{number}: needs a `text` or a `query`")
+        if not record["text"] and not record.get("query") and not record.get("instruct"):
+            raise UserError(f"{args.input_path}:{number}: needs a `text`, a `query` or an `instruct`")
         records.append(record)
     return records
 
@@ -85,7 +85,7 @@ def to_example(record, instruct, query_prefix):
     """A record of `read_texts` in the shape of dataset.read_examples."""
     return {
         "instruct": record.get("instruct") or instruct,
-        "query": record.get("query") or query_prefix + record["text"],
+        "query": record.get("query") or (query_prefix + record["text"] if record["text"] else ""),
         "answer": record.get("answer"),
         "text": record["text"],
         "entities": record.get("entities"),
@@ -137,8 +137,10 @@ def main(args):
     if args.resume and not args.output_path:
         raise UserError("--resume needs --output_path, the file to go on with")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
-    labels = facts.get("labels", LABELS)
+    labels = facts.get("labels", LABELS) or None  # none: trained on another task than NER
     instruct = facts["instructs"][0] if facts else INSTRUCT.replace("{labels}", "、".join(LABELS))
+    if len(facts.get("instructs", [])) > 1 and any(not record.get("instruct") for record in records):
+        say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
     examples = [to_example(record, instruct, facts.get("query_prefix", QUERY_PREFIX)) for record in records]
     output = open_output(args.output_path) if args.output_path else None
     done = rows_written(args.output_path, [e["text"] for e in examples]) if args.resume else 0
@@ -148,7 +150,10 @@ def main(args):
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
     positions = model.config.max_position_embeddings
     room = min(train_args.max_seq_length, positions) if adapter else positions
-    cuts = [cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples[done:]]
+    if labels:
+        cuts = [cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples[done:]]
+    else:  # the answers to the halves of a question are no answer to it
+        cuts = [([example], [(0, len(example["text"]))], []) for example in examples[done:]]
     parts = [part for window_examples, _, _ in cuts for part in window_examples]
     rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
 
@@ -159,7 +164,7 @@ def main(args):
     cut_off = 0
     for number, (example, (_, windows, inside)) in enumerate(zip(examples[done:], cuts, strict=True), done + 1):
         row = next(rows) if len(windows) == 1 else join_rows(example["text"], windows, [next(rows) for _ in windows])
-        if example["answer"] is not None:
+        if labels and example["answer"] is not None:
             row |= {"answer": example["answer"], "gold": gold_entities(example)}
         cut_off += row.get("problems", {}).get("cut", 0)
         if inside:

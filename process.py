@@ -119,6 +119,11 @@ def read_json_sentences(path):
                 places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
                 names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
         except KeyError as error:
+            if {"instruct", "query", "answer"} <= record.keys():
+                raise UserError(
+                    f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
+                    "look at it with --audit_only"
+                ) from None
             raise UserError(f"{path}:{number}: no key {error}; process.py --help shows the format") from None
         except (TypeError, AttributeError, ValueError):
             raise UserError(f"{path}:{number}: wrong nesting; process.py --help shows the format") from None

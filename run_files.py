@@ -209,7 +209,10 @@ def training_facts(args, records):
     packages = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
     labels = labels_of(records)
     if args.eval_examples > 0 and not labels:
-        raise UserError("--eval_examples: the training answers are no 实体_类型 lines, so there is no F1; give 0")
+        raise UserError(
+            "--eval_examples: the training answers are no 实体_类型 lines, so there is no F1; give 0, choose the adapter "
+            "with --best=loss and measure it with test.py --metric=exact"
+        )
     return {
         "prompt_sha256": PROMPT_SHA256,
         "tokenizer_sha256": tokenizer_sha256(args.model_dir),

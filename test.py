@@ -4,19 +4,21 @@
     python test.py --data_name=msra --lora_model=./checkpoint/msra/train_deepspeed/adapter_model
     python test.py --lora_model=none --max_new_tokens=64          # the base alone
     python test.py --dev_path=data/msra/instruct_data/train.txt   # report.html: where the training data may be wrong
+    python test.py --data_name=qa --metric=exact                  # another task than NER: how many answers are right
 
 Reads data/<data_name>/instruct_data/dev.txt and an adapter of checkpoint/<data_name>/ (the one written last). Writes
-predictions.jsonl, metrics.json and report.html beside adapter_model/. The answers are generated freely, greedily, for every row;
-with an adapter, only what the text allows (--constrained=False: anything).
+predictions.jsonl, metrics.json and report.html beside adapter_model/ (`exact` no report, `none` only predictions). The
+answers are generated freely, greedily, for every row; with an adapter for NER, only what the text allows
+(--constrained=False: anything).
 """
 
 import json
 from pathlib import Path
 
-from config_utils import run_script
-from dataset import labels_of, locate, parse_answer, read_examples
+from config_utils import UserError, run_script
+from dataset import is_ner, labels_of, locate, parse_answer, read_examples
 from generation import make_grammar, predict_rows
-from metrics import score, table
+from metrics import exact, percents, score, table
 from modeling import check_generation, load_for_inference, say
 from report import write_report
 from run_files import find_adapter
@@ -28,10 +30,16 @@ CONFIG = {
     "tokenizer_path": None,  # None: that of the base
     "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
     "batch_size": 64,  # examples generated at once, fewer where memory is short
+    "metric": "ner",  # ner: entities | exact: the share of answers equal to the character | none: write predictions alone
     "max_new_tokens": 512,  # an answer is cut after so many tokens; counted and reported
     "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
     "precision": "auto",  # auto | bf16 | fp16 | fp32
     "max_examples": -1,  # only the first N examples; -1: all
+}
+WRITTEN = {  # metric -> files
+    "ner": ("predictions.jsonl", "metrics.json", "report.html"),
+    "exact": ("predictions.jsonl", "metrics.json"),
+    "none": ("predictions.jsonl",),
 }
 SHOWN = 20  # answers printed as a list, before the table
 
@@ -39,24 +47,36 @@ SHOWN = 20  # answers printed as a list, before the table
 def main(args):
     dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / "dev.txt"
     check_generation(args)
+    if args.metric not in WRITTEN:
+        raise UserError(f"--metric={args.metric}: expected {', '.join(WRITTEN)}")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
     columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
     examples = read_examples(dev_path, *columns)
     examples = examples[: args.max_examples] if args.max_examples > 0 else examples
+    if args.metric == "ner" and not is_ner([parse_answer(example["answer"]) for example in examples]):
+        raise UserError(
+            f"{dev_path}: most answers are no 实体_类型 lines; for another task give --metric=exact or none"
+        )
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
-    labels = facts.get("labels") or labels_of(examples)
+    labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
 
     rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar))
-    metrics = score(rows, labels)
+    metrics = score(rows, labels) if args.metric == "ner" else exact(rows)
 
     print("预测：", [row["prediction"] for row in rows[:SHOWN]], end="\n\n")
     print("真实：", [row["answer"] for row in rows[:SHOWN]], end="\n\n")
-    # The answer format has no offsets, so even perfect answers can miss by position.
-    perfect = [{**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities), "problems": {}} for r in rows]
-    print(table(metrics, perfect=score(perfect, labels)))
+    if args.metric == "ner":
+        # The answer format has no offsets, so even perfect answers can miss by position.
+        perfect = [
+            {**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities), "problems": {}} for r in rows
+        ]
+        print(table(metrics, perfect=score(perfect, labels)))
+    elif args.metric == "exact":
+        share, interval = metrics["exact"]["share"], percents(metrics["exact"]["interval"])
+        print(f"与标准答案完全相同 {share:.2%}，95% 区间 {interval}，样本数 {metrics['examples']}")
     if too_long := sum(row["prediction"] is None for row in rows):
         print(f"{too_long} 条超过模型的长度上限，没有回答，按漏掉计分")
     if cut := metrics["cut"]:
@@ -66,10 +86,15 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (out / "metrics.json").write_text(json.dumps(metrics, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    title = f"{args.data_name} 测试报告"
-    write_report(out / "report.html", rows, metrics, title, f"数据 {dev_path}，LoRA {adapter or '无'}")
-    say(f"结果已写到 {out}/predictions.jsonl、metrics.json 和 report.html")
+    for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
+        (out / name).unlink(missing_ok=True)
+    if args.metric != "none":
+        text = json.dumps(metrics, ensure_ascii=False, indent=2) + "\n"
+        (out / "metrics.json").write_text(text, encoding="utf-8")
+    if args.metric == "ner":
+        title = f"{args.data_name} 测试报告"
+        write_report(out / "report.html", rows, metrics, title, f"数据 {dev_path}，LoRA {adapter or '无'}")
+    say(f"结果已写到 {out}/: {'、'.join(WRITTEN[args.metric])}")
 
 
 if __name__ == "__main__":

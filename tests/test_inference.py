@@ -3,15 +3,17 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import chat_ner
 import metrics
+from config_utils import UserError
 from conftest import INSTRUCTION, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
 from modeling import DEFAULT_BASE
-from run_files import TRAINERS, find_adapter
+from run_files import TRAINERS, find_adapter, training_facts
 
 SHORT = ["--precision=fp32", "--max_new_tokens=8"]  # a random model never says eos by itself
 
@@ -132,6 +134,44 @@ def test_other_peoples_data(base_dir, tmp_path):
     assert (run / "report.html").stat().st_size > 1000
     result = run_script("predict.py", "--data_name=cluener", "--text=王明在北京", *SHORT, cwd=tmp_path)
     assert "地址、书名、公司、游戏、政府、电影、姓名、组织机构、职位、景点" in result.stdout
+
+
+def test_another_task(base_dir, tmp_path):
+    """Questions that are all instruction: the audit is silent, nothing looks for entities, no question is cut."""
+    folder = tmp_path / "data" / "qa" / "instruct_data"
+    folder.mkdir(parents=True)
+    questions = [{"instruct": f"北京{n}", "query": "", "answer": "很好"} for n in "一二三四五六七八"]
+    write_jsonl(folder / "train.txt", questions)
+    dev = [{**question, "instruct": "上海" + question["instruct"]} for question in questions[:4]]
+    write_jsonl(folder / "dev.txt", dev)
+    options = ["--data_name=qa", f"--model_dir={base_dir}", "--precision=fp32", "--max_steps=2", "--save_steps=-1"]
+    with pytest.raises(UserError, match="measure it with test.py --metric=exact"):
+        training_facts(SimpleNamespace(eval_examples=2), questions)
+    result = run_script("train_deepspeed.py", *options, cwd=tmp_path)
+    assert "不检查实体" in result.stderr and "警告" not in result.stderr
+    run = tmp_path / "checkpoint" / "qa" / "train_deepspeed"
+    for name in ("metrics.json", "report.html"):
+        (run / name).touch()  # of an earlier test
+
+    test = ["--data_name=qa", *SHORT]
+    result = run_script("test.py", *test, cwd=tmp_path, check=False)
+    assert result.returncode == 2 and "for another task give --metric=exact or none" in result.stderr
+    run_script("test.py", *test, "--metric=none", cwd=tmp_path)
+    rows = read_rows(run / "predictions.jsonl")
+    assert not (run / "metrics.json").exists() and not (run / "report.html").exists()
+    assert [row["instruct"] for row in rows] == [row["instruct"] for row in dev]
+    assert not any(row["entities"] or "gold" in row for row in rows)
+    answers = [row["prediction"] for row in rows[:2]] + [row["prediction"] + " " for row in rows[2:]]
+    write_jsonl(folder / "dev.txt", [{**row, "answer": answer} for row, answer in zip(dev, answers, strict=True)])
+    result = run_script("test.py", *test, "--metric=exact", cwd=tmp_path)
+    assert "与标准答案完全相同 50.00%，95% 区间 0.00–100.00，样本数 4" in result.stdout
+    scores = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    assert scores == {"exact": {"share": 0.5, "interval": [0.0, 1.0]}, "cut": 4, "examples": 4}
+
+    asked = write_jsonl(tmp_path / "asked.txt", [{"instruct": "上海是。" * 40}, {"text": "上海"}])
+    result = run_script("predict.py", "--data_name=qa", f"--input_path={asked}", *SHORT, cwd=tmp_path)
+    assert f'文本 >>>  "{"上海是。" * 40}"' in result.stdout and result.stdout.count("预测 >>>  ") == 2
+    assert "训练用过 8 种指令，没有写 instruct 的文本用第一种：北京一" in result.stderr
 
 
 def test_predict_prints_blocks(workspace, adapter):

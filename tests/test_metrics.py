@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from metrics import PROBLEMS, confusion, errors, precision_recall, score, suspects, table
+from metrics import PROBLEMS, confusion, errors, exact, precision_recall, score, suspects, table
 from report import marked, write_report
 
 LABELS = ["人名", "地名", "机构名"]
@@ -174,6 +174,17 @@ def test_interval():
         widths[1] == pytest.approx(2 * 1.96 * (2 / 9 / 300) ** 0.5 * 2 / (5 / 3) ** 2, rel=0.1)
         and widths[1] < widths[0]
     )
+
+
+def test_exact():
+    """As a share, with the normal approximation of its interval."""
+    rows = [{"prediction": "a", "answer": "a" if i % 4 else "a "} for i in range(400)]
+    rows[0] = {"prediction": None, "answer": "a", "problems": {}}
+    scores = exact(rows)
+    low, high = scores["exact"].pop("interval")
+    assert scores == {"exact": {"share": 0.75}, "cut": 0, "examples": 400}
+    half = 1.96 * (0.75 * 0.25 / 400) ** 0.5
+    assert abs(low - 0.75 + half) < 0.01 and abs(high - 0.75 - half) < 0.01
 
 
 def test_against_seqeval():

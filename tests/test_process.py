@@ -86,6 +86,13 @@ def test_cluener_of_the_wrong_shape(corpus, capsys, label):
     assert "train.txt:1: wrong nesting; process.py --help shows the format" in capsys.readouterr().err
 
 
+def test_what_is_processed_already(corpus, capsys):
+    corpus(['{"instruct": "问答", "query": "水？", "answer": "是"}'], DEV)
+    with pytest.raises(SystemExit, match="2"):
+        process()
+    assert "train.txt:1: this is instruction data already; put it to data/" in capsys.readouterr().err
+
+
 def test_json_lines(corpus, capsys):
     text = "因有关日寇在京掠夺文物详情，藏界较为重视，也是我们收藏北京史料中的要件之一。"
     corpus([sentence(text, (27, 29, "LOC"), (3, 4, "LOC"), (6, 7, "LOC")), sentence("今天晴。")], DEV)

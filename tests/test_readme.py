@@ -6,7 +6,6 @@ trained and answered (SHORTER), and the port of the deepspeed launcher, so that 
 way. The real corpora that README.md names are played by a part of the demo's own.
 """
 
-import ast
 import json
 import os
 import re
@@ -19,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+import config_tables
+from config_utils import _source
+
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README_EN.md")
 TIMEOUT = 600  # seconds for one block, on a machine that has other things to do
@@ -28,7 +30,7 @@ SHORTER = {  # how a line begins -> what is added to it; an adapter of 20 steps 
     r"python predict\.py": " --max_new_tokens=64",
 }
 
-# Every line of the ```console blocks: a clone, make (which runs this test), installation, several GPUs.
+# Every line of the ```console blocks: a clone, make (which runs this test), installation, long training, several GPUs.
 CONSOLE = """\
 git clone <repository> Chinese-LLaMA-Alpaca-LoRA-Tuning
 cd Chinese-LLaMA-Alpaca-LoRA-Tuning
@@ -38,6 +40,12 @@ source .venv/bin/activate
 python3 -m venv .venv
 source .venv/bin/activate
 pip install -r requirements.txt
+deepspeed train_trainer.py --data_name=mine --model_dir=./model_hub/chinese-alpaca-7b
+python test.py --data_name=mine
+python predict.py --data_name=mine --text=周五上午，程立群到了苏州。
+deepspeed train_trainer.py --data_name=qa --model_dir=./model_hub/chinese-alpaca-7b --eval_steps=100 --best=loss
+python test.py --data_name=qa --metric=exact
+python predict.py --data_name=qa --text=一周有几天？
 deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 python benchmarks/train_speed.py --gpus=2,4,8 --batch=64,192 --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
@@ -179,19 +187,17 @@ def test_both_languages_have_the_same_commands():
 
 @pytest.mark.parametrize("readme", READMES)
 def test_settings_shown_are_those_of_the_code(readme):
-    def config(source):
-        return next(
-            ast.literal_eval(node.value)
-            for node in ast.parse(source).body
-            if isinstance(node, ast.Assign) and node.targets[0].id == "CONFIG"
-        )
-
-    (shown,) = map(config, blocks(readme, "python"))
-    for script in ("train_trainer.py", "train_deepspeed.py"):
-        real = config((ROOT / script).read_text(encoding="utf-8"))
-        assert shown == real and list(shown) == list(real), script
+    assert config_tables.shown(readme) == config_tables.tables(readme), "python tests/config_tables.py writes it anew"
     (deepspeed,) = (block for block in blocks(readme, "json") if "optimizer" in block)
     assert json.loads(deepspeed) == json.loads((ROOT / "deepspeed.json").read_text(encoding="utf-8"))
+
+
+def test_every_script_has_its_table():
+    found = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("model_hub/*.py")) if "\nCONFIG = {" in path.read_text()]
+    names = {str(path.relative_to(ROOT)) for path in found}
+    assert names == {*config_tables.SCRIPTS, "train_deepspeed.py"}
+    (_, one), (_, other) = (_source(ROOT / script) for script in ("train_trainer.py", "train_deepspeed.py"))
+    assert other == {key: comment.replace("train_trainer", "train_deepspeed") for key, comment in one.items()}
 
 
 @pytest.mark.parametrize("readme", READMES)

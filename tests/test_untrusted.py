@@ -22,13 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import modeling
+from config_tables import config_of
 from config_utils import ALIASES, Config, UserError, _options, load_config, parse_config
 from conftest import ROOT, make_records, run_script, write_jsonl
 from dataset import (
     EOS,
-    INSTRUCT,
     PROMPT,
-    QUERY_PREFIX,
     build_prompt,
     encode_examples,
     encode_prompts,
@@ -47,15 +46,7 @@ SCRIPTS = ("train_trainer", "train_deepspeed", "test", "predict", "chat_ner", "p
 # command lines and DeepSpeed files
 
 
-def config_of(script):
-    """CONFIG as it stands in the source: importing train_* would take seconds, `import test` another module."""
-    for node in ast.parse((ROOT / f"{script}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == "CONFIG":
-            names = {"INSTRUCT": INSTRUCT, "QUERY_PREFIX": QUERY_PREFIX}
-            return eval(compile(ast.Expression(node.value), script, "eval"), names)  # our own source
-
-
-CONFIGS = {script: config_of(script) for script in SCRIPTS}
+CONFIGS = {script: config_of(f"{script}.py") for script in SCRIPTS}
 AWKWARD = "True|none|auto|1e-4|1,2|,|1e999|nan|\0|\ud800|.|-1|0x10|１|1_0|../..".split("|") + ["9" * 5000]
 VALUES = st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.sampled_from(AWKWARD))
 NAMES = st.sampled_from(
