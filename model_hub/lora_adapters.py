@@ -41,7 +41,8 @@ def weights_file(folder):
     """The file of an adapter's weights; UserError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; download that LoRA there, or train one (README.md)")
+        joined = "; several folders are joined by commas" if " " in str(folder) else ""
+        raise UserError(f"{folder}: no such folder; download that LoRA there, or train one (README.md){joined}")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     file = next((file for file in files if file.is_file()), None)
     if file is None and not (folder / "adapter_config.json").is_file():

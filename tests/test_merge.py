@@ -606,6 +606,7 @@ def test_missing_and_damaged_files_are_named(chain, capsys):
         capsys, chain / "7B-hf", [llama], out
     )
     assert f"{chain}/lora: no such folder; download" in fails(capsys, base, [chain / "lora"], out)
+    assert "several folders are joined by commas" in fails(capsys, base, [f"{chain}/lora-1 {chain}/lora-2"], out)
     assert "adapter_config.json: no such file" in fails(capsys, base, [base], out)
     assert "config.json: no such file" in fails(capsys, llama, [llama], out)
     assert "expected huggingface or pth, got 'hf'" in fails(capsys, base, [llama], out, "--output_type=hf")
