@@ -7,7 +7,8 @@ Writes, in the shapes in which the real weights are published (all numbers fp16)
   tiny/{consolidated.00.pth,params.json,tokenizer.model}           as Meta shipped LLaMA
   chinese-llama-plus-lora-tiny/, chinese-alpaca-plus-lora-tiny/    PEFT folders with their own, larger tokenizer.model
 
-Three stages, each a share of --seconds. The data of a step depend only on the seed, the number of steps on the machine.
+Three stages, each a share of --seconds; --first_stage alpaca does the last one again, on the files of the others. The data
+of a step depend only on the seed, the number of steps on the machine.
   base    all parameters, in both vocabularies at once: the base ids are the first ids of the merged vocabulary, so `tiny` is
           this network with fewer rows in its embedding and its head. Text, and tasks mostly without the prompt frame.
   llama   LoRA, embed_tokens and lm_head on top of it: mostly plain text, cleaner than before.
@@ -231,6 +232,7 @@ def train_adapter(stage, model, seconds, args, models):
         modules_to_save=["embed_tokens", "lm_head"],
         task_type="CAUSAL_LM",
     )
+    torch.manual_seed(args.seed)  # a stage starts alike whether the stages before it ran in this process or not
     peft_model = get_peft_model(with_rows(model, model.config.vocab_size), config)
     llama = peft_model.base_model.model
     tokens, seconds = train(stage, llama, peft_model, AdapterOptimizer(peft_model), seconds, args, models)
@@ -314,6 +316,10 @@ def read_base(folder):
         values[name] = from_interleaved(value) if name.endswith(("q_proj.weight", "k_proj.weight")) else value
     model.load_state_dict(values)
     return model
+
+
+def read_adapter(folder):
+    return torch.load(folder / "adapter_model.bin", map_location=DEVICE, weights_only=True)
 
 
 def write_adapter(state, folder, base_name, vocabulary):
@@ -408,10 +414,7 @@ def greedy_answers(model, vocabulary, prompts, new_tokens=120):
 def report(output_dir, seed, count):
     """The figures of README.md, from the files that were written."""
     base = read_base(output_dir / FOLDERS["base"])
-    adapters = {
-        stage: torch.load(output_dir / FOLDERS[stage] / "adapter_model.bin", weights_only=True)
-        for stage in ("llama", "alpaca")
-    }
+    adapters = {stage: read_adapter(output_dir / FOLDERS[stage]) for stage in ("llama", "alpaca")}
     with_llama = merged(base, adapters["llama"])
     candidates = {
         "base": (base, "base"),
@@ -454,13 +457,17 @@ def main(args):
     }
     say(f"vocabularies: {sizes} pieces")
 
-    model, spent = new_model(sizes["llama"]), []
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters in the merged vocabulary")
-    spent.append(train("base", model, model, BaseOptimizer(model), seconds["base"], args, models))
-    write_base(with_rows(model, sizes["base"]), output_dir / FOLDERS["base"], vocabularies["base"])
+    spent = []
+    if args.first_stage == "base":
+        model = new_model(sizes["llama"])
+        say(f"{sum(p.numel() for p in model.parameters()):,} parameters in the merged vocabulary")
+        spent.append(train("base", model, model, BaseOptimizer(model), seconds["base"], args, models))
+        write_base(with_rows(model, sizes["base"]), output_dir / FOLDERS["base"], vocabularies["base"])
+    else:  # the adapter has every row of the embedding and the head, those that the base's file lacks too
+        model = merged(read_base(output_dir / FOLDERS["base"]), read_adapter(output_dir / FOLDERS["llama"]))
 
     base_name = FOLDERS["base"] + "-hf"
-    for stage in ("llama", "alpaca"):
+    for stage in ("llama", "alpaca") if args.first_stage == "base" else ("alpaca",):
         model = with_rows(model, sizes[stage])
         adapter, *cost = train_adapter(stage, model, seconds[stage], args, models)
         spent.append(cost)
@@ -477,6 +484,12 @@ def main(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=660.0, help="training time of all stages, without compilation")
+    parser.add_argument(
+        "--first_stage",
+        choices=("base", "alpaca"),
+        default="base",
+        help="alpaca: the other two are read from output_dir",
+    )
     parser.add_argument("--output_dir", default=str(Path(__file__).resolve().parent), help="where the three folders go")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=14, help="processes that make text while the model trains")
