@@ -126,15 +126,17 @@ def matrix_rate(device):
 
 
 def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1):
-    """Run a trainer through the launcher. Returns the folder of the run."""
+    """Run a trainer, through the launcher where there are several GPUs. Returns the folder of the run."""
     script = "train_trainer.py" if how == "trainer" else "train_deepspeed.py"
     run = work / f"{how}-{batch}x{accumulation}-gpus{gpus}-zero{zero}"
     shutil.rmtree(run, ignore_errors=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        launcher = [f"--num_accelerators={gpus}", f"--master_port={free.getsockname()[1]}"]
+        port = free.getsockname()[1]
+    launcher = [shutil.which("deepspeed") or "deepspeed", f"--num_accelerators={gpus}", f"--master_port={port}"]
     command = [
-        *(shutil.which("deepspeed") or "deepspeed", *launcher, ROOT / script),
+        *(launcher if gpus > 1 else [sys.executable]),
+        ROOT / script,
         *(f"--model_dir={model_dir}", f"--save_dir={run}", f"--deepspeed_json_path={ROOT / 'deepspeed.json'}"),
         *(f"--train_path={work}/train.txt", f"--dev_path={work}/train.txt", "--eval_steps=-1", "--log_steps=5"),
         *(f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"),
