@@ -31,6 +31,7 @@ INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
     "不同实体间用\n分隔。如果没有结果，回答'没有'。"
 )
+LABELS = ["人名", "地名", "机构名"]  # what the base alone is asked for
 BOS, EOS, UNK = 1, 2, 0  # the ids of every LLaMA vocabulary
 
 
@@ -236,6 +237,47 @@ def optional_columns(path, number, record, query):
                 f"integers); got {entity!r}"
             )
     return {"text": query.removeprefix(QUERY_PREFIX) if text is None else text, "entities": entities}
+
+
+def read_texts(path):
+    """Texts to answer, as a list of dicts with `text` or `query`, and `instruct` and `answer` where given.
+
+    The file holds plain text, one a line, or JSON lines.
+    """
+    first = next((line for _, line in read_lines(path) if line.strip()), "")
+    if not first.lstrip().startswith("{"):
+        return [{"text": line} for _, line in read_lines(path) if line.strip()]
+    records = []
+    for number, record in read_jsonl(path):
+        for key in ("query", "instruct", "answer"):
+            if not isinstance(record.get(key), str | None):
+                raise UserError(f"{path}:{number}: `{key}` must be a string, got {record[key]!r}")
+        record |= optional_columns(path, number, record, record.get("query") or "")
+        if not record["text"] and not record.get("query") and not record.get("instruct"):
+            raise UserError(f"{path}:{number}: needs a `text`, a `query` or an `instruct`")
+        records.append(record)
+    return records
+
+
+def to_example(record, instruct, query_prefix):
+    """A record of read_texts in the shape of read_examples."""
+    return {
+        "instruct": record.get("instruct") or instruct,
+        "query": record.get("query") or (query_prefix + record["text"] if record["text"] else ""),
+        "answer": record.get("answer"),
+        "text": record["text"],
+        "entities": record.get("entities"),
+    }
+
+
+def task_of(facts):
+    """What to ask of new texts: (labels, instruct, query prefix), the adapter's own, or with none LABELS.
+
+    labels: None where the adapter was trained on another task than NER.
+    """
+    if not facts:
+        return LABELS, INSTRUCT.replace("{labels}", "、".join(LABELS)), QUERY_PREFIX
+    return facts.get("labels", LABELS) or None, facts["instructs"][0], facts.get("query_prefix", QUERY_PREFIX)
 
 
 def query_prefix_of(records):

@@ -415,22 +415,34 @@ def load_for_inference(
             "embeddings; use the tokenizer.model that belongs to it"
         )
     if adapter:
-        _check_fit(adapter, train_args, facts, base, tokenizer_dir)
+        check_fit(adapter, train_args, facts, base, tokenizer_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = pick_precision(precision, device)
     say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
     model = load_base(base, DTYPES[precision], device)
     if adapter:
-        try:
-            model = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False, torch_device=str(device))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{adapter}/adapter_config.json: cannot be used ({error}); train it again") from None
-        model = model.to(DTYPES[precision])
+        model = attach_adapter(model, adapter)
         model = model.merge_and_unload() if merge else model
     return model.eval(), tokenizer
 
 
-def _check_fit(adapter, train_args, facts, base, tokenizer_dir):
+def attach_adapter(model, adapter, name="default"):
+    """The model, bare or with other adapters, with that of a folder, in the weights' type and in use from now on."""
+    dtype, device = model.dtype, str(model.device)
+    options = {"autocast_adapter_dtype": False, "torch_device": device}
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, name, **options)
+        else:
+            model = PeftModel.from_pretrained(model, adapter, name, **options)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{adapter}/adapter_config.json: cannot be used ({error}); train it again") from None
+    model.set_adapter(name)
+    return model.to(dtype).eval()
+
+
+def check_fit(adapter, train_args, facts, base, tokenizer_dir):
+    """UserError where an adapter was trained with another prompt, tokenizer or base than these."""
     if facts.get("prompt_sha256") != PROMPT_SHA256:
         raise UserError(f"{adapter}: was trained with another prompt template; retrain it with this version")
     if facts.get("tokenizer_sha256") != tokenizer_sha256(tokenizer_dir):

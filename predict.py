@@ -14,21 +14,11 @@ import json
 from pathlib import Path
 
 from config_utils import UserError, run_script
-from dataset import (
-    INSTRUCT,
-    QUERY_PREFIX,
-    SURROGATE,
-    build_prompt,
-    encode_prompts,
-    gold_entities,
-    optional_columns,
-    read_jsonl,
-    read_lines,
-)
+from dataset import SURROGATE, read_texts, task_of, to_example
 from generation import make_grammar, predict_rows
 from modeling import check_generation, load_for_inference, say
 from run_files import find_adapter, open_output
-from windows import cut, join_rows
+from windows import cut_examples, rows_of_texts
 
 CONFIG = {
     "data_name": "demo",  # folder under checkpoint/
@@ -44,7 +34,6 @@ CONFIG = {
     "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
     "precision": "auto",  # auto | bf16 | fp16 | fp32
 }
-LABELS = ["人名", "地名", "机构名"]  # the types to ask the base alone for
 SAMPLES = [
     {"text": "中美两国的专家上周在杭州参观了临江大学，校长许文舟主持了座谈。",
      "answer": "中_地名\n美_地名\n杭州_地名\n临江大学_机构名\n许文舟_人名"},
@@ -54,8 +43,8 @@ SAMPLES = [
 ]  # fmt: skip
 
 
-def read_texts(args):
-    """The texts asked for, as a list of dicts with `text` or `query`, and `instruct` and `answer` where given."""
+def texts_asked_for(args):
+    """Those of --text or --input_path, else SAMPLES, as dataset.read_texts gives them."""
     if args.text is not None and args.input_path:
         raise UserError("--text and --input_path: give one of the two")
     if args.text is not None:
@@ -66,52 +55,7 @@ def read_texts(args):
         return [{"text": args.text}]
     if not args.input_path:
         return SAMPLES
-    first = next((line for _, line in read_lines(args.input_path) if line.strip()), "")
-    if not first.lstrip().startswith("{"):
-        return [{"text": line} for _, line in read_lines(args.input_path) if line.strip()]
-    records = []
-    for number, record in read_jsonl(args.input_path):
-        for key in ("query", "instruct", "answer"):
-            if not isinstance(record.get(key), str | None):
-                raise UserError(f"{args.input_path}:{number}: `{key}` must be a string, got {record[key]!r}")
-        record |= optional_columns(args.input_path, number, record, record.get("query") or "")
-        if not record["text"] and not record.get("query") and not record.get("instruct"):
-            raise UserError(f"{args.input_path}:{number}: needs a `text`, a `query` or an `instruct`")
-        records.append(record)
-    return records
-
-
-def to_example(record, instruct, query_prefix):
-    """A record of `read_texts` in the shape of dataset.read_examples."""
-    return {
-        "instruct": record.get("instruct") or instruct,
-        "query": record.get("query") or (query_prefix + record["text"] if record["text"] else ""),
-        "answer": record.get("answer"),
-        "text": record["text"],
-        "entities": record.get("entities"),
-    }
-
-
-def cut_example(example, tokenizer, room, usual=None):
-    """An example -> (the examples of its windows, their offsets in the text, what was cut inside a sentence).
-
-    `room`: tokens of prompt and answer. A window leaves the answer half as many tokens as its text has. `usual`: tokens
-    of a text as training had them; on longer ones a model misses most, so sentences are not joined to more.
-    """
-    text, query = example["text"], example["query"]
-    if not query.endswith(text):  # a query of the user's own
-        return [example], [(0, len(text))], []
-    prefix = query[: len(query) - len(text)]
-    (empty,) = encode_prompts(tokenizer, [build_prompt(example["instruct"], prefix)])
-    limit = 2 * (room - len(empty)) // 3
-    usual = min(usual or limit, limit)
-
-    def within(limit):
-        return lambda part: len(tokenizer.encode_texts([part])[0]) <= limit
-
-    windows, inside = cut(text, within(limit), within(usual))
-    parts = [text[begin:end] for begin, end in windows]
-    return [{**example, "text": part, "query": prefix + part, "answer": None} for part in parts], windows, inside
+    return read_texts(args.input_path)
 
 
 def rows_written(path, texts):
@@ -133,27 +77,21 @@ def rows_written(path, texts):
 
 def main(args):
     check_generation(args)
-    records = read_texts(args)
+    records = texts_asked_for(args)
     if args.resume and not args.output_path:
         raise UserError("--resume needs --output_path, the file to go on with")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
-    labels = facts.get("labels", LABELS) or None  # none: trained on another task than NER
-    instruct = facts["instructs"][0] if facts else INSTRUCT.replace("{labels}", "、".join(LABELS))
+    labels, instruct, query_prefix = task_of(facts)
     if len(facts.get("instructs", [])) > 1 and any(not record.get("instruct") for record in records):
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
-    examples = [to_example(record, instruct, facts.get("query_prefix", QUERY_PREFIX)) for record in records]
+    examples = [to_example(record, instruct, query_prefix) for record in records]
     output = open_output(args.output_path) if args.output_path else None
     done = rows_written(args.output_path, [e["text"] for e in examples]) if args.resume else 0
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
-    positions = model.config.max_position_embeddings
-    room = min(train_args.max_seq_length, positions) if adapter else positions
-    if labels:
-        cuts = [cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples[done:]]
-    else:  # the answers to the halves of a question are no answer to it
-        cuts = [([example], [(0, len(example["text"]))], []) for example in examples[done:]]
+    cuts = cut_examples(examples[done:], model, tokenizer, train_args, facts)
     parts = [part for window_examples, _, _ in cuts for part in window_examples]
     rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
 
@@ -162,10 +100,8 @@ def main(args):
     if not output:
         print("=" * 100)
     cut_off = 0
-    for number, (example, (_, windows, inside)) in enumerate(zip(examples[done:], cuts, strict=True), done + 1):
-        row = next(rows) if len(windows) == 1 else join_rows(example["text"], windows, [next(rows) for _ in windows])
-        if labels and example["answer"] is not None:
-            row |= {"answer": example["answer"], "gold": gold_entities(example)}
+    rows = rows_of_texts(examples[done:], cuts, rows)
+    for number, (example, row, (_, _, inside)) in enumerate(zip(examples[done:], rows, cuts, strict=True), done + 1):
         cut_off += row.get("problems", {}).get("cut", 0)
         if inside:
             say(f"第 {number} 条没有句末可切，在句子里面切开，位置 {', '.join(map(str, inside))}")

@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_left
 
-from dataset import NO_ENTITY
+from dataset import NO_ENTITY, build_prompt, encode_prompts, gold_entities, task_of
 
 # After what a text may be cut, best first: an entity goes across none of the first, and seldom across the second.
 CLOSING = "[”’』」）)\\]】》\"']*"
@@ -75,3 +75,56 @@ def join_rows(text, windows, rows):
     if joined["prediction"] is not None:
         joined["log_probability"] = round(sum(row["log_probability"] for row in rows), 4)
     return {**joined, "problems": problems} if problems else joined
+
+
+def cut_examples(examples, model, tokenizer, train_args, facts):
+    """Each example (dataset.to_example) -> (the examples of its windows, their offsets, what was cut inside a sentence).
+
+    train_args, facts: the adapter's (None, {}: the base alone), whose training says how long a prompt with its answer
+    may be and how long texts usually are: on longer ones a model misses most, so sentences are not joined to more. Of
+    another task than NER nothing is cut: the answers to the halves of a question are no answer to it.
+    """
+    labels, _, _ = task_of(facts)
+    if labels is None:
+        return [_whole(example) for example in examples]
+    positions = model.config.max_position_embeddings
+    room = min(train_args.max_seq_length, positions) if train_args else positions
+    return [_cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples]
+
+
+def _cut_example(example, tokenizer, room, usual):
+    """A window leaves the answer half as many tokens as its text has. room, usual: tokens of a prompt with its answer,
+    and of a text."""
+    text, query = example["text"], example["query"]
+    if not query.endswith(text):  # a query of the user's own
+        return _whole(example)
+    prefix = query[: len(query) - len(text)]
+    (empty,) = encode_prompts(tokenizer, [build_prompt(example["instruct"], prefix)])
+    limit = 2 * (room - len(empty)) // 3
+    usual = min(usual or limit, limit)
+
+    def within(limit):
+        return lambda part: len(tokenizer.encode_texts([part])[0]) <= limit
+
+    windows, inside = cut(text, within(limit), within(usual))
+    if len(windows) == 1:
+        return _whole(example)
+    parts = [text[begin:end] for begin, end in windows]
+    return [{**example, "text": part, "query": prefix + part, "answer": None} for part in parts], windows, inside
+
+
+def _whole(example):
+    return [example], [(0, len(example["text"]))], []
+
+
+def rows_of_texts(examples, cuts, rows):
+    """Yield each example's row, from the rows of its windows (an iterator over those of all, in order) and cut_examples'
+    cuts; with what is right for it, where known."""
+    for example, (_, windows, _) in zip(examples, cuts, strict=True):
+        if len(windows) == 1:
+            yield next(rows)
+            continue
+        row = join_rows(example["text"], windows, [next(rows) for _ in windows])
+        if example["answer"] is not None:
+            row |= {"answer": example["answer"], "gold": gold_entities(example)}
+        yield row

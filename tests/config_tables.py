@@ -18,7 +18,7 @@ from config_utils import _flatten, _source, _text  # noqa: E402
 from dataset import INSTRUCT, QUERY_PREFIX  # noqa: E402
 
 MODEL_HUB = "model_hub/convert_llama_weights_to_hf.py", "model_hub/merge_llama_with_chinese_lora.py"
-SCRIPTS = ("train_trainer.py", "process.py", "test.py", "predict.py", "chat_ner.py", *MODEL_HUB)
+SCRIPTS = ("train_trainer.py", "process.py", "test.py", "predict.py", "chat_ner.py", "web_ner.py", *MODEL_HUB)
 HEADS = {"README.md": ("参数", "默认值", "说明"), "README_EN.md": ("option", "default", "meaning")}
 MARKED = re.compile(r"<!-- CONFIG -->\n.*<!-- /CONFIG -->\n", re.S)
 
@@ -128,6 +128,14 @@ CHINESE = {
     "an answer is cut after so many tokens": "答案最多几个 token",
     "auto | True | False: answer the adapter's instruction only with lines that the text allows": (
         "auto | True | False：对 LoRA 的指令，只能说原文允许的行"
+    ),
+    # web_ner.py
+    "folder under checkpoint/: the adapter chosen at first": "checkpoint/ 下的文件夹：一开始选中的 LoRA",
+    "another than this machine's own needs --auth": "不是本机的地址要同时给 --auth",
+    "of the page's address": "网址里的端口",
+    "user:password, asked for by the page": "用户名:密码，打开网页时要输入",
+    "texts at once; larger: files are faster, and others wait longer for their turn": (
+        "同时预测几条；大一些，文件做得快，别人等得久"
     ),
     # model_hub
     "the folder that holds <model_size>/ and, there or beside it, tokenizer.model": (

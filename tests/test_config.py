@@ -592,7 +592,7 @@ def test_versions(name, found, wanted, monkeypatch):
 
 
 SCRIPTS = (
-    "train_trainer train_deepspeed test predict chat_ner process "
+    "train_trainer train_deepspeed test predict chat_ner web_ner process "
     "model_hub/convert_llama_weights_to_hf model_hub/merge_llama_with_chinese_lora"
 ).split()
 

@@ -30,7 +30,8 @@ SHORTER = {  # how a line begins -> what is added to it; an adapter of 20 steps 
     r"python predict\.py": " --max_new_tokens=64",
 }
 
-# Every line of the ```console blocks: a clone, make (which runs this test), installation, long training, several GPUs.
+# Every line of the ```console blocks: a clone, make (which runs this test), installation, long training, several GPUs,
+# a server.
 CONSOLE = """\
 git clone <repository> Chinese-LLaMA-Alpaca-LoRA-Tuning
 cd Chinese-LLaMA-Alpaca-LoRA-Tuning
@@ -50,6 +51,8 @@ deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub
 deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 python benchmarks/train_speed.py --gpus=2,4,8 --batch=64,192 --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
 deepspeed --hostfile=hostfile train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
+pip install gradio==6.31.0
+python web_ner.py
 """
 
 

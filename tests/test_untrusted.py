@@ -39,7 +39,7 @@ from dataset import (
 
 CASES = int(os.environ.get("FUZZ", "300"))
 fuzz = settings(max_examples=CASES, deadline=None, database=None)
-SCRIPTS = ("train_trainer", "train_deepspeed", "test", "predict", "chat_ner", "process")
+SCRIPTS = ("train_trainer", "train_deepspeed", "test", "predict", "chat_ner", "web_ner", "process")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
