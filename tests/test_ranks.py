@@ -84,6 +84,26 @@ def terminate(command, run, cwd, group):
     return process.returncode, output
 
 
+def assert_one_run(alone, run):
+    one, two = read_log(alone), read_log(run)
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [*range(1, 10), 9]  # rank 0 alone writes
+    for key in ("loss", "eval_loss", "lr"):
+        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), key
+    first, second = (load_file(r / "adapter_model" / "adapter_model.safetensors") for r in (alone, run))
+    assert first.keys() == second.keys() and all(tensor.numel() for tensor in second.values())
+    for name, tensor in first.items():
+        assert torch.allclose(tensor, second[name], atol=1e-4), (name, (tensor - second[name]).abs().max())
+
+
+@pytest.mark.parametrize("trainer, stage", [run for run in RUNS if run != ("train_deepspeed", 1)])  # which is `alone`
+def test_every_stage_is_one_run(folder, base_dir, alone, trainer, stage):
+    run = folder / f"{trainer}-{stage}-alone"
+    more = ["--train_batch_size=6", f"--deepspeed_zero_optimization_stage={stage}"]
+    run_script(f"{trainer}.py", *options(base_dir, run.name), *more, cwd=folder)
+    assert_one_run(alone, run)
+
+
 @pytest.mark.parametrize("trainer, stage", RUNS)
 def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
     """Losses, dev loss and adapter to 1e-4: also of the last step of an epoch, so each row is seen once. SIGTERM, to the
@@ -97,15 +117,7 @@ def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
     assert output.count(f"收到 SIGTERM，已在第 {stopped} 步保存") == 1 and "Traceback" not in output, output
     assert 1 <= stopped < 9 and step_of(complete_checkpoints(run)[-1]) == stopped
     run_script(f"{trainer}.py", *parts, "--resume", cwd=folder, launcher=two_ranks())
-    one, two = read_log(alone), read_log(run)
-    assert [row["step"] for row in two] == [row["step"] for row in one] == [*range(1, 10), 9]  # rank 0 alone writes
-    for key in ("loss", "eval_loss", "lr"):
-        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
-        assert values[1] == pytest.approx(values[0], rel=1e-4), key
-    first, second = (load_file(r / "adapter_model" / "adapter_model.safetensors") for r in (alone, run))
-    assert first.keys() == second.keys() and all(tensor.numel() for tensor in second.values())
-    for name, tensor in first.items():
-        assert torch.allclose(tensor, second[name], atol=1e-4), (name, (tensor - second[name]).abs().max())
+    assert_one_run(alone, run)
 
 
 def test_one_dying_rank_ends_the_run_with_its_message(folder, base_dir):
