@@ -213,7 +213,7 @@ class Batch:
         first = count if len(self.rows) > count else 0
         rows = self.rows[first:]
         longest = max(row.read for row in rows) + max(len(row.ids) - row.read for row in rows)
-        waiting.extendleft(self._fit(longest))
+        waiting.extendleft(self._fit(max(longest, *(len(row.ids) for row in self.rows))))  # others keep their places
         rows = self.rows[first:] or self.rows
         logits = self._read(rows)
         if self.grammar:  # a GPU is still computing the logits

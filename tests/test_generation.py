@@ -102,6 +102,14 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     assert put_off or constrained  # the longest of the constrained answers are short
 
 
+def test_short_prompts_leave_a_long_row_its_places(model, tokenizer, prompts, monkeypatch):
+    """They come in while it is still being answered, and alone would need a cache of half the size."""
+    monkeypatch.setattr(generation, "PLACES", 8)
+    prompts = [(prompts[0][0] * 3)[:480], *prompts[0]]
+    alone = answers(model, tokenizer, prompts, batch_size=1)
+    assert rounded(answers(model, tokenizer, prompts, batch_size=8)) == rounded(alone)
+
+
 def test_a_prompt_that_does_not_fit_keeps_its_place(model, tokenizer, prompts):
     prompts = [prompts[0][0], prompts[0][1] * 5, prompts[0][2]]
     found = answers(model, tokenizer, prompts, max_new_tokens=500)
