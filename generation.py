@@ -62,6 +62,27 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None
             yield answers.pop(i, NO_ANSWER)
 
 
+def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None):
+    """Yield what the greedy answer to one prompt ([bos] + ids) says so far, whenever it has grown, as str.
+
+    Each begins with the one before, the last is the text of generate's Answer. A character whose bytes are not all
+    there yet is held back; under a grammar only whole lines are shown. Nothing where the prompt fills the model's
+    positions.
+    """
+    positions = model.config.max_position_embeddings
+    if len(prompt) >= positions:
+        return
+    row = Row(0, prompt, min(len(prompt) + max_new_tokens, positions), text)
+    batch, waiting, shown = Batch(model, tokenizer, 1, grammar, []), deque([row]), None
+    while not batch.advance(waiting):
+        said = row.said(tokenizer, grammar)
+        if said != (shown or ""):
+            yield (shown := said)
+    said = row.answer(tokenizer, grammar).text
+    if said != shown:
+        yield said
+
+
 def common_prefix(prompts):
     """What all prompts begin with, without the last token of any; nothing where there is only one."""
     if len(prompts) < 2:
@@ -126,6 +147,12 @@ class Row:
         for token in self.matcher.compute_ff_tokens() if self.matcher and not self.over else []:
             if not self.over:
                 self.add(token, 0.0, pieces[token])
+
+    def said(self, tokenizer, grammar):
+        """What of the text is certain while the answer goes on."""
+        if not grammar:
+            return tokenizer.decode(self.ids[len(self.prompt) :]).rstrip("\ufffd")
+        return b"\n".join(dict.fromkeys(filter(grammar.states_entity, self.lines[:-1]))).decode()
 
     def answer(self, tokenizer, grammar):
         means = [sum(scores) / len(scores) if scores else 0.0 for scores in self.scores]

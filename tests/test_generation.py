@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import generation
 from conftest import INSTRUCTION, make_records
 from constraint import AnswerGrammar
 from dataset import EOS, build_prompt, encode_prompts, load_tokenizer
-from generation import Batch, Row, common_prefix, generate
+from generation import Batch, Row, common_prefix, generate, stream
 
 LABELS = ["人名", "地名"]
 
@@ -129,6 +130,35 @@ def test_answers_come_in_order_before_all_are_known(model, tokenizer, prompts, m
     found = generate(model, tokenizer, prompts[0], 12, 4)
     next(found)
     assert calls[-1] > 0  # others have not even begun
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_a_streamed_answer_grows_to_that_of_generate(model, tokenizer, prompts, constrained):
+    grammar = AnswerGrammar(tokenizer, LABELS) if constrained else None
+    whole = answers(model, tokenizer, prompts[0], prompts[1] if constrained else None)
+    growing = 0
+    for prompt, text, answer in zip(*prompts, whole, strict=True):
+        said = list(stream(model, tokenizer, prompt, 24, grammar, text))
+        assert said[-1] == answer.text
+        assert all(later.startswith(earlier) and later != earlier for earlier, later in pairwise(said))
+        growing += len(said) > 1
+    assert growing > 3  # many constrained answers are one line
+    assert list(stream(model, tokenizer, [1] * model.config.max_position_embeddings, 24)) == []
+
+
+def test_half_a_character_is_not_streamed(model, tokenizer, monkeypatch):
+    """A model that says 鑫, which is no piece, and ends: three bytes."""
+    ids = [*tokenizer.encode_texts(["鑫"])[0], EOS]
+    assert len(ids) == 5
+    script = iter(ids)
+
+    def says(self, rows):
+        logits = torch.zeros(1, len(self.pieces))
+        logits[0, next(script)] = 9
+        return logits
+
+    monkeypatch.setattr(Batch, "_read", says)
+    assert list(stream(model, tokenizer, [1, 5], 24)) == ["鑫"]
 
 
 def test_common_prefix():
