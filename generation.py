@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -19,7 +18,7 @@ from config_utils import UserError
 from constraint import AnswerGrammar, checked, forbid
 from dataset import EOS, NO_ENTITY, build_prompt, encode_prompts, gold_entities, locate, parse_answer
 from metrics import score
-from modeling import is_main, merged_lora
+from modeling import merged_lora, progress
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
 # abandoned: how many lines a grammar left out since they were there already, or had no type. confidences: for each line
@@ -52,8 +51,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None
     waiting = deque(sorted(rows, key=lambda row: (row.number // chunk, -len(row.prompt))))
     batch = Batch(model, tokenizer, min(batch_size, len(rows)), grammar, common_prefix([row.prompt for row in rows]))
     answers = {}
-    quiet = len(rows) < 2 or not is_main()
-    with tqdm(total=len(rows), desc="生成", unit="条", disable=quiet, dynamic_ncols=True) as bar:
+    with progress(total=len(rows), desc="生成", unit="条") as bar:
         for i in range(len(prompts)):
             while fits[i] and i not in answers:
                 for row in batch.advance(waiting):

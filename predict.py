@@ -13,6 +13,8 @@ the order of the texts, as they come. A text that is too long for the model is c
 import json
 from pathlib import Path
 
+from tqdm import tqdm
+
 from config_utils import UserError, run_script
 from dataset import (
     INSTRUCT,
@@ -26,7 +28,7 @@ from dataset import (
     read_lines,
 )
 from generation import make_grammar, predict_rows
-from modeling import check_generation, load_for_inference, say
+from modeling import check_generation, load_for_inference, progress, say
 from run_files import find_adapter, open_output
 from windows import cut, join_rows
 
@@ -151,7 +153,8 @@ def main(args):
     positions = model.config.max_position_embeddings
     room = min(train_args.max_seq_length, positions) if adapter else positions
     if labels:
-        cuts = [cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples[done:]]
+        waiting = progress(examples[done:], desc="切分", unit="条")
+        cuts = [cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in waiting]
     else:  # the answers to the halves of a question are no answer to it
         cuts = [([example], [(0, len(example["text"]))], []) for example in examples[done:]]
     parts = [part for window_examples, _, _ in cuts for part in window_examples]
@@ -160,7 +163,7 @@ def main(args):
     if output and not args.resume:
         output.truncate(0)
     if not output:
-        print("=" * 100)
+        tqdm.write("=" * 100)
     cut_off = 0
     for number, (example, (_, windows, inside)) in enumerate(zip(examples[done:], cuts, strict=True), done + 1):
         row = next(rows) if len(windows) == 1 else join_rows(example["text"], windows, [next(rows) for _ in windows])
@@ -176,10 +179,10 @@ def main(args):
             output.flush()
             continue
         shown = (example["instruct"] + example["query"]).replace("\n", "\\n")
-        print(f'文本 >>>  "{shown}"')
-        print(f"预测 >>>  {row['prediction'] or ''}", end="\n\n")
+        lines = [f'文本 >>>  "{shown}"', f"预测 >>>  {row['prediction'] or ''}", ""]
         if row["answer"] is not None:
-            print(f"真实 >>>  {row['answer']}")
+            lines.append(f"真实 >>>  {row['answer']}")
+        tqdm.write("\n".join(lines))  # stdout; not through the bar
     if cut_off:
         say(f"{cut_off} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
     if output:
