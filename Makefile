@@ -30,5 +30,5 @@ lint: .venv/tools
 	touch $@
 
 .venv/tools: .venv/installed
-	python -m pip install pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 jieba==0.42.1 seqeval==1.2.2 gradio==6.31.0 playwright==1.65.2
+	python -m pip install pytest==9.2.0 hypothesis==6.170.17 ruff==0.17.6 jieba==0.42.1 seqeval==1.2.2 gradio==6.31.0 playwright==1.65.2 tensorboard==2.21.0
 	touch $@

@@ -5,8 +5,8 @@
     python chat_ner.py --data_file questions.txt --predictions_file answers.json --interactive=False
 
 An input that begins with the adapter's instruction, a typed `\\n` read as a newline, gets exactly the prompt that
-training used, and an answer that its text allows. Anything else is free chat, as typed. An empty line, Ctrl-D or Ctrl-C
-ends it.
+training used, and an answer that its text allows. Anything else is free chat, as typed. `/base` puts the last question
+again without the adapter, `/help` says what else there is. An empty line, Ctrl-D or Ctrl-C ends it.
 """
 
 import contextlib
@@ -16,11 +16,10 @@ from config_utils import UserError, run_script  # before the libraries: it refus
 
 # isort: split
 import torch
-from tqdm import tqdm
 
-from dataset import BOS, QUERY_PREFIX, build_prompt, encode_prompts, read_lines
-from generation import generate, make_grammar
-from modeling import check_generation, load_for_inference, say
+from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_lines
+from generation import make_grammar, sampler, stream, without_template
+from modeling import check_generation, load_for_inference, progress, say
 from run_files import find_adapter, open_output
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
@@ -37,6 +36,9 @@ CONFIG = {
     "gpus": "0",  # the GPU to use
     "only_cpu": False,  # do not use a GPU
     "max_new_tokens": 512,  # an answer is cut after so many tokens
+    "temperature": 0.0,  # of free chat; 0: always the likeliest token, so the same answer every time
+    "top_p": 1.0,  # where temperature is above 0: draw from the likeliest tokens that have this probability together
+    "seed": 42,  # of what is drawn
     "constrained": "auto",  # auto | True | False: answer the adapter's instruction only with lines that the text allows
 }
 BANNER = """\
@@ -45,7 +47,15 @@ BANNER = """\
 -------------------------------------------------------------------------------------
 + This mode only supports single-turn QA.
 + If you want to experience multi-turn dialogue, please use llama.cpp or llamachat.
-====================================================================================="""
+=====================================================================================
++ /help 显示可用的命令 shows the commands"""
+HELP = """\
+/help       显示这些命令
+/base       不用 LoRA，把上一个问题再答一遍
+/base 问题  不用 LoRA，回答这个问题
+↑ ↓         找回之前的输入
+空行、Ctrl-D 或 Ctrl-C 结束；正在回答时，Ctrl-C 只停下这次回答
+"""
 
 
 def chat_prompt(line, instructs):
@@ -68,11 +78,27 @@ def pick_device(gpus, only_cpu):
     return f"cuda:{first}"
 
 
+def check_sampling(args):
+    if args.temperature < 0:
+        raise UserError(f"--temperature={args.temperature}: expected 0 (always the likeliest token) or more")
+    if not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p={args.top_p}: expected more than 0, at most 1")
+
+
+def show(texts):
+    """Print an answer as it grows."""
+    text = ""
+    for grown in texts:
+        print(grown[len(text) :], end="", flush=True)
+        text = grown
+
+
 def main(args):
     if not args.interactive and not args.data_file:
         raise UserError("--interactive=False needs --data_file, a file with one input a line")
     questions = [line for _, line in read_lines(args.data_file) if line.strip()] if args.data_file else []
     check_generation(args)
+    check_sampling(args)
     alone = args.base_model and args.lora_model == "auto"
     adapter, train_args, facts = find_adapter("demo", "none" if alone else args.lora_model)
     output = open_output(args.predictions_file) if args.data_file else None
@@ -83,22 +109,25 @@ def main(args):
 
     grammar = make_grammar(args.constrained, adapter, tokenizer, facts.get("labels"))
     query_prefix = facts.get("query_prefix", QUERY_PREFIX)
+    free = sampler(tokenizer, args.temperature, args.top_p, args.seed)
 
-    def answer(line):
-        query = None
-        if args.with_prompt:
-            prompt, query = chat_prompt(line, facts.get("instructs", []))
-            ids = encode_prompts(tokenizer, [prompt])
-        else:
-            ids = [[BOS, *tokenizer.encode_texts([line])[0]]]
-        rules = (grammar, [query.removeprefix(query_prefix)]) if query is not None else ()
-        (answer,) = generate(model, tokenizer, ids, args.max_new_tokens, 1, *rules)
-        return "（输入超过模型的长度上限）" if answer.text is None else answer.text
+    def answer(line, without_adapter=False):
+        """Yield the answer to an input as it grows, each text beginning with the one before."""
+        prompt, query = chat_prompt(line, facts.get("instructs", [])) if args.with_prompt else (None, None)
+        (ids,) = encode_prompts(tokenizer, [prompt]) if prompt else [[BOS, *tokenizer.encode_texts([line])[0]]]
+        rules = {"pick": free}
+        if grammar and query is not None and not without_adapter:
+            rules = {"grammar": grammar, "text": query.removeprefix(query_prefix)}
+        with model.disable_adapter() if adapter and without_adapter else contextlib.nullcontext():
+            texts = without_template(stream(model, tokenizer, ids, args.max_new_tokens, **rules))
+            yield next(texts, "（输入超过模型的长度上限）")
+            yield from texts
 
     if args.data_file:
-        results = [
-            {"Input": q, "Output": answer(q)} for q in tqdm(questions, desc="回答", unit="条", dynamic_ncols=True)
-        ]
+        results = []
+        for question in progress(questions, desc="回答", unit="条"):
+            *_, text = answer(question)
+            results.append({"Input": question, "Output": text})
         with output:
             output.truncate(0)
             json.dump(results, output, ensure_ascii=False, indent=2)
@@ -106,6 +135,7 @@ def main(args):
         return
 
     print(BANNER)
+    last = None
     while True:
         try:
             line = input("Input:")
@@ -114,8 +144,20 @@ def main(args):
             return
         if not line.strip():
             return
-        print("Response: ", answer(line))
-        print("\n")
+        if SURROGATE.search(line):
+            say("输入里有不是 UTF-8 的字节，请再输一次")
+            continue
+        command, _, rest = line.strip().partition(" ")
+        if command == "/base":
+            line = rest or last
+        if command == "/help" or line is None:
+            print(HELP)
+            continue
+        last = line
+        print("Response:  ", end="", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):  # ends the answer, not the chat
+            show(answer(line, without_adapter=command == "/base"))
+        print("\n\n")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,20 @@ the cache from position 0 on without padding, and a token sees the positions up 
 together changes no answer but by rounding (in float32 none, which a test asserts).
 """
 
+import re
 from collections import deque, namedtuple
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from config_utils import UserError
 from constraint import AnswerGrammar, checked, forbid
-from dataset import EOS, NO_ENTITY, build_prompt, encode_prompts, gold_entities, locate, parse_answer
+from dataset import BOS, EOS, NO_ENTITY, PROMPT, UNK, build_prompt, encode_prompts, gold_entities, locate, parse_answer
 from metrics import score
-from modeling import is_main, merged_lora
+from modeling import merged_lora, progress
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
 # abandoned: how many lines a grammar left out since they were there already, or had no type. confidences: for each line
@@ -27,6 +27,7 @@ from modeling import is_main, merged_lora
 Answer = namedtuple("Answer", "text ended repeated abandoned confidences log_probability")
 NO_ANSWER = Answer(None, False, 0, 0, [], None)
 
+HEADINGS = re.findall("### .*?:", PROMPT)
 SORTED_BATCHES = 4  # prompts are sorted by length within so many batches
 PLACES = 64  # tokens by which the cache grows
 PROMPT_TOKENS = 8192  # prompts are read in portions of so many tokens: their activations need memory as well
@@ -52,8 +53,7 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None
     waiting = deque(sorted(rows, key=lambda row: (row.number // chunk, -len(row.prompt))))
     batch = Batch(model, tokenizer, min(batch_size, len(rows)), grammar, common_prefix([row.prompt for row in rows]))
     answers = {}
-    quiet = len(rows) < 2 or not is_main()
-    with tqdm(total=len(rows), desc="生成", unit="条", disable=quiet, dynamic_ncols=True) as bar:
+    with progress(total=len(rows), desc="生成", unit="条") as bar:
         for i in range(len(prompts)):
             while fits[i] and i not in answers:
                 for row in batch.advance(waiting):
@@ -62,18 +62,18 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None
             yield answers.pop(i, NO_ANSWER)
 
 
-def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None):
-    """Yield what the greedy answer to one prompt ([bos] + ids) says so far, whenever it has grown, as str.
+def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None, pick=None):
+    """Yield what the answer to one prompt ([bos] + ids) says so far, whenever it has grown, as str.
 
     Each begins with the one before, the last is the text of generate's Answer. A character whose bytes are not all
     there yet is held back; under a grammar only whole lines are shown. Nothing where the prompt fills the model's
-    positions.
+    positions. `pick`: chooses each token, as `sampler` makes it; None: the likeliest one.
     """
     positions = model.config.max_position_embeddings
     if len(prompt) >= positions:
         return
     row = Row(0, prompt, min(len(prompt) + max_new_tokens, positions), text)
-    batch, waiting, shown = Batch(model, tokenizer, 1, grammar, []), deque([row]), None
+    batch, waiting, shown = Batch(model, tokenizer, 1, grammar, [], pick), deque([row]), None
     while not batch.advance(waiting):
         said = row.said(tokenizer, grammar)
         if said != (shown or ""):
@@ -81,6 +81,41 @@ def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None):
     said = row.answer(tokenizer, grammar).text
     if said != shown:
         yield said
+
+
+def without_template(texts):
+    """What `stream` yields up to where the model begins another prompt, which one does that does not know when to end.
+
+    As `stream`: each text begins with the one before. What may yet become a heading of the template waits.
+    """
+    text = shown = None
+    for text in texts:
+        if heading := re.search("|".join(HEADINGS), text):
+            text = text[: heading.start()]
+            break
+        waiting = next((h[:n] for h in HEADINGS for n in range(len(h), 0, -1) if text.endswith(h[:n])), "")
+        said = text.removesuffix(waiting)
+        if said != (shown or ""):
+            yield (shown := said)
+    if text != shown:
+        yield text
+
+
+def sampler(tokenizer, temperature, top_p, seed):
+    """A function from float32 logits [rows, vocabulary] to a token for each row: the likeliest one at temperature 0, else
+    drawn from the likeliest ones whose probabilities add up to top_p. Never one that has no text (bos, unk, pad)."""
+    without_text = [BOS, UNK, tokenizer.pad_token_id]
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(logits):
+        logits[:, without_text] = float("-inf")
+        if temperature == 0:
+            return logits.argmax(dim=-1)
+        probabilities, tokens = (logits / temperature).softmax(dim=-1).cpu().sort(dim=-1, descending=True)
+        probabilities[probabilities.cumsum(dim=-1) - probabilities >= top_p] = 0  # what comes before is enough
+        return tokens.gather(1, probabilities.multinomial(1, generator=draw)).squeeze(1).to(logits.device)
+
+    return pick
 
 
 def common_prefix(prompts):
@@ -178,10 +213,11 @@ class Batch:
     they ask of it is `update`.
     """
 
-    def __init__(self, model, tokenizer, limit, grammar, prefix):
+    def __init__(self, model, tokenizer, limit, grammar, prefix, pick=None):
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.body, self.head, config = causal.model, causal.lm_head, causal.config
         self.pieces, self.limit, self.grammar = tokenizer.token_bytes, limit, grammar
+        self.pick = pick or (lambda logits: logits.max(dim=-1).indices)
         self.device, dtype = self.head.weight.device, self.head.weight.dtype
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         shape = (config.num_hidden_layers, 2, 1, config.num_key_value_heads, 0, size)
@@ -218,8 +254,8 @@ class Batch:
         logits = self._read(rows)
         if self.grammar:  # a GPU is still computing the logits
             forbid(logits, self.grammar.masks([row.matcher for row in rows]))
-        best, tokens = logits.max(dim=-1)
-        log_probabilities = (best - logits.logsumexp(dim=-1)).tolist()
+        tokens = self.pick(logits)
+        log_probabilities = (logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)).tolist()
         for row, token, log_probability in zip(rows, tokens.tolist(), log_probabilities, strict=True):
             row.read = len(row.ids)
             if not row.over:  # forced tokens may have been its last

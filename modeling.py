@@ -13,6 +13,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -54,6 +55,12 @@ def say(message):
     """A status line on stderr, from rank 0 alone, that does not break a progress bar."""
     if is_main():
         tqdm.write(message, file=sys.stderr)
+
+
+def progress(iterable=None, **options):
+    """A bar on rank 0's terminal, once a step has taken more than a second; none where the output goes to a file."""
+    shown = {"disable": None if is_main() else True, "delay": 1, "dynamic_ncols": True, "leave": None}
+    return tqdm(iterable, **shown, **options)
 
 
 def end_bars():
@@ -147,6 +154,7 @@ def check_model_dir(model_dir):
 def load_base(model_dir, dtype, device):
     """The causal LM of a local folder in `dtype` on `device`, frozen."""
     check_model_dir(model_dir)
+    transformers_logging.set_tqdm_hook(lambda _, args, options: progress(*args, **{**options, "desc": "加载模型"}))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
@@ -154,6 +162,8 @@ def load_base(model_dir, dtype, device):
     except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
+    finally:
+        transformers_logging.set_tqdm_hook(None)
     return model.to(device).requires_grad_(False)
 
 
@@ -168,6 +178,8 @@ def check_options(args):
             raise UserError(f"--{name}={getattr(args, name)}: expected {', '.join(values)}")
     if args.best != "last" and args.eval_steps < 1:
         raise UserError(f"--best={args.best} needs evaluations; give --eval_steps=500")
+    if args.tensorboard and find_spec("tensorboard") is None:
+        raise UserError("--tensorboard needs the package of that name; pip install tensorboard")
     if args.best == "f1" and args.eval_examples < 1:
         raise UserError("--best=f1 needs answers to score; give --eval_examples=200")
     if args.eval_examples > 0 and zero_stage(args) == 3:
@@ -295,11 +307,11 @@ def model_inputs(row, device, compiled=None, dtype=torch.float32):
 
 
 @torch.no_grad()
-def evaluate_loss(model, batches, device):
-    """Mean cross-entropy per answer token over all batches (lists of rows) of all ranks."""
+def evaluate_loss(model, batches, device, count=None):
+    """Mean cross-entropy per answer token over all batches (lists of rows) of all ranks; `count`: of batches, for a bar."""
     training, total = model.training, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
-    for rows in batches:
+    for rows in progress(batches, total=count, desc="验证", unit="批"):
         total[0] += answer_loss(model, rows, 1).double()
         total[1] += sum((row.get("shift_labels", row.get("labels")) >= 0).sum().item() for row in rows)
     model.train(training)
@@ -422,7 +434,11 @@ def load_for_inference(
     model = load_base(base, DTYPES[precision], device)
     if adapter:
         model = attach_adapter(model, adapter)
-        model = model.merge_and_unload() if merge else model
+        if merge:
+            layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+            for layer in progress(layers, desc="合并 LoRA", unit="层"):
+                layer.merge()
+            model = model.unload()
     return model.eval(), tokenizer
 
 

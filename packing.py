@@ -101,10 +101,10 @@ class TrainLoader:
     def __len__(self):
         return self.steps_per_epoch * self.shape[1]
 
-    def examples_in_step(self, step):
-        """How many examples of all ranks a 0-based optimizer step has; the last of an epoch may have fewer."""
-        size = math.prod(self.shape)
-        return min(size, len(self.examples) - step % self.steps_per_epoch * size)
+    def examples_until(self, step):
+        """How many examples all ranks have seen after `step` optimizer steps; the last one of an epoch may have fewer."""
+        epochs, steps = divmod(step, self.steps_per_epoch)
+        return epochs * len(self.examples) + steps * math.prod(self.shape)
 
     def lines(self, step):
         """Where the examples of a 0-based optimizer step, those of all ranks, stand in their file."""

@@ -13,10 +13,12 @@ the order of the texts, as they come. A text that is too long for the model is c
 import json
 from pathlib import Path
 
+from tqdm import tqdm
+
 from config_utils import UserError, run_script
 from dataset import SURROGATE, read_texts, task_of, to_example
 from generation import make_grammar, predict_rows
-from modeling import check_generation, load_for_inference, say
+from modeling import check_generation, load_for_inference, progress, say
 from run_files import find_adapter, open_output
 from windows import cut_examples, rows_of_texts
 
@@ -91,14 +93,15 @@ def main(args):
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
-    cuts = cut_examples(examples[done:], model, tokenizer, train_args, facts)
+    waiting = progress(examples[done:], desc="切分", unit="条")
+    cuts = cut_examples(waiting, model, tokenizer, train_args, facts)
     parts = [part for window_examples, _, _ in cuts for part in window_examples]
     rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
 
     if output and not args.resume:
         output.truncate(0)
     if not output:
-        print("=" * 100)
+        tqdm.write("=" * 100)
     cut_off = 0
     rows = rows_of_texts(examples[done:], cuts, rows)
     for number, (example, row, (_, _, inside)) in enumerate(zip(examples[done:], rows, cuts, strict=True), done + 1):
@@ -112,10 +115,10 @@ def main(args):
             output.flush()
             continue
         shown = (example["instruct"] + example["query"]).replace("\n", "\\n")
-        print(f'文本 >>>  "{shown}"')
-        print(f"预测 >>>  {row['prediction'] or ''}", end="\n\n")
+        lines = [f'文本 >>>  "{shown}"', f"预测 >>>  {row['prediction'] or ''}", ""]
         if row["answer"] is not None:
-            print(f"真实 >>>  {row['answer']}")
+            lines.append(f"真实 >>>  {row['answer']}")
+        tqdm.write("\n".join(lines))  # stdout; not through the bar
     if cut_off:
         say(f"{cut_off} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
     if output:

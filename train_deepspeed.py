@@ -5,8 +5,8 @@
     python train_deepspeed.py --max_steps=20                      # without the launcher: one process
 
 Reads data/<data_name>/instruct_data/{train,dev}.txt (made by process.py) and deepspeed.json (optimizer, precision,
-ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoint-<step>/ (to resume) and
-train_log.jsonl. train_trainer.py is the same recipe in the Hugging Face Trainer.
+ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoint-<step>/ (to resume),
+train_log.jsonl and training.png. train_trainer.py is the same recipe in the Hugging Face Trainer.
 """
 
 from functools import partial
@@ -15,7 +15,6 @@ from pathlib import Path
 from config_utils import run_script  # before the libraries: it refuses versions that do not fit
 
 # isort: split
-import deepspeed
 import torch.distributed as dist
 
 from audit import load_audited_data
@@ -90,6 +89,7 @@ CONFIG = {
     "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
     "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
     "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
+    "tensorboard": False,  # also write the figures of train_log.jsonl for TensorBoard, in <save_dir>/tensorboard
     "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
     # DeepSpeed
     "deepspeed_json_path": None,  # None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json
@@ -98,6 +98,8 @@ CONFIG = {
 
 
 def main(args):
+    import deepspeed  # takes seconds, and modeling has told it the accelerator
+
     data_dir = Path("data") / args.data_name / "instruct_data"
     train_path, dev_path = args.train_path or data_dir / "train.txt", args.dev_path or data_dir / "dev.txt"
     save_dir = args.save_dir or Path("checkpoint") / args.data_name / "train_deepspeed"
@@ -141,19 +143,21 @@ def main(args):
             save_adapter(model, save_dir, args, ds_config, facts, step)
         with checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit, run):
             engine.save_checkpoint(str(save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
+        log.draw()
 
     def evaluate():
         batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
-        scores = {"eval_loss": evaluate_loss(model, batches, device)}
+        count = -(-len(dev_set) // (args.train_batch_size * world_size))
+        scores = {"eval_loss": evaluate_loss(model, batches, device, count)}
         if args.eval_examples > 0:
             scores["eval_f1"] = evaluate_f1(model, tokenizer, dev_records[: args.eval_examples], facts["labels"])
-        log.write({"step": step, "epoch": step / loader.steps_per_epoch, **scores})
+        log.write(step, **scores)
         if best.improves(scores):
             save_adapter(model, save_dir, args, ds_config, {**facts, **scores}, step)
 
     start_run(save_dir, resume_from)
     best = BestScore(save_dir, args.best)
-    log, sigterm = TrainLog(save_dir, total_steps, step), catch_sigterm()
+    log, sigterm = TrainLog(save_dir, loader, total_steps, step, args.tensorboard), catch_sigterm()
     loss_sum, logged_steps, at_step_end = 0.0, 0, True
     while step < total_steps:
         loader.seek(step)
@@ -171,13 +175,13 @@ def main(args):
                 continue
 
             step, logged_steps = step + 1, logged_steps + 1
-            log.step(loader.examples_in_step(step - 1))
+            log.step()
             stop = end_of_step(loss_sum, sigterm, loader, step, lr, train_path)
             if step % args.log_steps == 0 or step == total_steps:
                 mean = loss_sum / logged_steps
                 if world_size > 1:
                     dist.all_reduce(mean, op=dist.ReduceOp.AVG)
-                log.write({"step": step, "epoch": step / loader.steps_per_epoch, "loss": mean.item(), "lr": lr})
+                log.write(step, loss=mean.item(), lr=lr)
                 loss_sum, logged_steps = 0.0, 0
             at_end = step == total_steps
             if args.eval_steps > 0 and (step % args.eval_steps == 0 or at_end):

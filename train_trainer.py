@@ -5,8 +5,8 @@
     python train_trainer.py --max_steps=20                        # without the launcher: one process
 
 Reads data/<data_name>/instruct_data/{train,dev}.txt (made by process.py) and deepspeed.json (optimizer, precision,
-ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoint-<step>/ (to resume) and
-train_log.jsonl. train_deepspeed.py is the same recipe as a raw DeepSpeed loop.
+ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoint-<step>/ (to resume),
+train_log.jsonl and training.png. train_deepspeed.py is the same recipe as a raw DeepSpeed loop.
 """
 
 from functools import partial
@@ -92,6 +92,7 @@ CONFIG = {
     "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
     "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
     "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
+    "tensorboard": False,  # also write the figures of train_log.jsonl for TensorBoard, in <save_dir>/tensorboard
     "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
     # DeepSpeed
     "deepspeed_json_path": None,  # None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json
@@ -154,7 +155,7 @@ class LogCallback(TrainerCallback):
         seed_step(args.seed, state.global_step, args.process_index)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.log.step(self.loader.examples_in_step(state.global_step - 1))
+        self.log.step()
         loss = sum(self.losses)
         self.stop = end_of_step(loss, self.sigterm, self.loader, state.global_step, self.lr, self.train_path)
         if self.stop:
@@ -164,8 +165,7 @@ class LogCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            epoch = state.global_step / self.loader.steps_per_epoch
-            self.log.write({"step": state.global_step, "epoch": epoch, "loss": logs["loss"], "lr": self.lr})
+            self.log.write(state.global_step, loss=logs["loss"], lr=self.lr)
 
 
 def trainer_names(params):
@@ -231,16 +231,17 @@ def main(args):
     first_step = step_of(resume_from) if resume_from else 0
     start_run(save_dir, resume_from)
     best = BestScore(save_dir, args.best)
-    log, losses = TrainLog(save_dir, total_steps, first_step), []
+    log, losses = TrainLog(save_dir, loader, total_steps, first_step, args.tensorboard), []
     log_callback = LogCallback(log, loader, losses, train_path)
     loader.seek(first_step)
 
     def evaluate(step):
         batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
-        scores = {"eval_loss": evaluate_loss(model, batches, device)}
+        count = -(-len(dev_set) // (args.train_batch_size * world_size))
+        scores = {"eval_loss": evaluate_loss(model, batches, device, count)}
         if args.eval_examples > 0:
             scores["eval_f1"] = evaluate_f1(model, tokenizer, dev_records[: args.eval_examples], facts["labels"])
-        log.write({"step": step, "epoch": step / loader.steps_per_epoch, **scores})
+        log.write(step, **scores)
         if best.improves(scores):
             save_adapter(model, save_dir, args, ds_config, {**facts, **scores}, step)
         return scores
@@ -248,6 +249,7 @@ def main(args):
     def save(step):
         if args.best == "last":
             save_adapter(model, save_dir, args, ds_config, facts, step)
+        log.draw()
 
     trainer = AdapterTrainer(
         model=model,

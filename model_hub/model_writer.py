@@ -82,7 +82,7 @@ def computed(jobs):
 def progress(tensors, specs, what):
     """The (name, tensor) pairs as they come, with a bar that counts bytes."""
     total = sum(spec.nbytes for spec in specs.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc=what, dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None, dynamic_ncols=True) as bar:
         for name, tensor in tensors:
             yield name, tensor
             bar.update(tensor.nbytes)

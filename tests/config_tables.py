@@ -67,6 +67,9 @@ CHINESE = {
     ),
     "resumable checkpoints to keep; 0: all": "保留几个可续训的 checkpoint，0：全部",
     "False | True (newest complete checkpoint) | a step | a path": "False | True（最新的完整 checkpoint）| 步数 | 路径",
+    "also write the figures of train_log.jsonl for TensorBoard, in <save_dir>/tensorboard": (
+        "把 train_log.jsonl 的数字也写给 TensorBoard，在 <save_dir>/tensorboard"
+    ),
     "False: adapter_model.bin instead of adapter_model.safetensors": "False：保存 adapter_model.bin 而不是 .safetensors",
     "None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json": (
         "None：有 data/<data_name>/deepspeed.json 就用它，否则 deepspeed.json"
@@ -113,6 +116,13 @@ CHINESE = {
     "go on behind the rows that --output_path holds already": "接着 --output_path 里已有的行往下做",
     "texts at once, fewer where memory is short": "同时预测几条，内存不够时自动减少",
     # chat_ner.py
+    "of free chat; 0: always the likeliest token, so the same answer every time": (
+        "闲聊的温度；0：总取最可能的 token，每次答案相同"
+    ),
+    "where temperature is above 0: draw from the likeliest tokens that have this probability together": (
+        "温度大于 0 时：在概率加起来有这么多的、最可能的 token 里抽"
+    ),
+    "of what is drawn": "抽样的随机种子",
     "None: the base that the adapter was trained on; given alone: that model without an adapter": (
         "None：训练 LoRA 时用的基座；只给它：这个模型本身，不加 LoRA"
     ),

@@ -172,7 +172,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # is ours is imported by the fork, which starts and ends like any process.
 FORKING = """
 import gc, json, os, runpy, signal, sys
-import deepspeed, llguidance, peft, torch, transformers
+import deepspeed, llguidance, matplotlib.figure, peft, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend, Trainer
 gc.freeze()  # else a fork looks at all of it once more when it ends, which takes longer than its work
 for line in sys.stdin:
@@ -186,7 +186,7 @@ else:
 signal.alarm(300)
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     os.dup2(os.open(order[name], os.O_RDWR), number)
-sys.stdin = open(0, encoding="utf-8")
+sys.stdin = open(0, encoding="utf-8", errors="surrogateescape")
 os.chdir(order["cwd"])
 os.environ.clear()
 os.environ.update(order["env"])
@@ -207,7 +207,7 @@ def run_forked(argv, cwd, env, stdin):
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
         for name, path in files.items():
-            path.write_text(stdin if name == "stdin" else "", encoding="utf-8")
+            path.write_text(stdin if name == "stdin" else "", encoding="utf-8", errors="surrogateescape")
         order = {"argv": argv, "cwd": str(cwd), "env": env, **{name: str(path) for name, path in files.items()}}
         print(json.dumps(order), file=forking().stdin, flush=True)
         code = int(forking().stdout.readline())
@@ -225,7 +225,15 @@ def run_script(script, *options, cwd, launcher=None, check=True, env=None, stdin
     if launcher or os.path.exists("/dev/nvidiactl"):
         command = [*map(str, launcher or [sys.executable]), *argv]
         result = subprocess.run(
-            command, cwd=cwd, env=env, input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=300
+            command,
+            cwd=cwd,
+            env=env,
+            input=stdin,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+            timeout=300,
         )
     else:
         result = run_forked(argv, cwd, env, stdin)
@@ -240,7 +248,7 @@ def workspace(tmp_path_factory, base_dir, instruct_data):
     (folder / "data" / "mine").mkdir(parents=True)
     shutil.copytree(instruct_data, folder / "data" / "mine" / "instruct_data")
     for script in ("train_deepspeed.py", "train_trainer.py"):
-        run_script(script, *training_options(base_dir), cwd=folder)
+        run_script(script, *training_options(base_dir), "--tensorboard", cwd=folder)
     return folder
 
 

@@ -12,7 +12,7 @@ import generation
 from conftest import INSTRUCTION, make_records
 from constraint import AnswerGrammar
 from dataset import EOS, build_prompt, encode_prompts, load_tokenizer
-from generation import Batch, Row, common_prefix, generate, stream
+from generation import Batch, Row, common_prefix, generate, sampler, stream, without_template
 
 LABELS = ["人名", "地名"]
 
@@ -167,6 +167,30 @@ def test_half_a_character_is_not_streamed(model, tokenizer, monkeypatch):
 
     monkeypatch.setattr(Batch, "_read", says)
     assert list(stream(model, tokenizer, [1, 5], 24)) == ["鑫"]
+
+
+def test_sampling_is_repeatable_stays_in_the_nucleus_and_says_nothing_special(model, tokenizer, prompts):
+    def said(*options):
+        pick = sampler(tokenizer, *options)
+        return ["".join([*stream(model, tokenizer, prompt, 24, pick=pick)][-1:]) for prompt in prompts[0][:4]]
+
+    drawn = said(5.0, 0.9, 1)
+    assert drawn == said(5.0, 0.9, 1) != said(5.0, 0.9, 2)
+    assert said(0.0, 1.0, 1) == said(5.0, 1e-9, 2) == [a.text for a in answers(model, tokenizer, prompts[0][:4])]
+    logits = torch.full((1000, tokenizer.vocab_size), -99.0)
+    logits[:, :2], logits[:, 4:7] = 50, torch.tensor([2.0, 1.0, -9.0])
+    tokens = Counter(sampler(tokenizer, 1.0, 0.8, 0)(logits).tolist())
+    assert tokens.keys() == {4, 5} and tokens[4] / 1000 == pytest.approx(0.731, abs=0.04)  # softmax of 2 and 1
+
+
+def test_a_prompt_of_the_models_own_is_not_shown():
+    whole = "好\n\n### 标题\n\n### Instruction:\n再来"
+    grown = [whole[:n] for n in range(1, len(whole) + 1)]
+    said = list(without_template(iter(grown)))
+    assert said[0] == "好" and said[-1] == "好\n\n### 标题\n\n"
+    assert all(later.startswith(earlier) and later != earlier for earlier, later in pairwise(said))
+    assert list(without_template(iter(["一 #", "一 ##"])))[-1] == "一 ##"  # it did not go on
+    assert list(without_template(iter([]))) == [] and list(without_template(iter([""]))) == [""]
 
 
 def test_common_prefix():

@@ -284,8 +284,17 @@ def test_chat_is_single_turn_and_ends_cleanly(workspace, adapter, base_dir):
         parts = re.findall(r"Input:Response:  (.*?)\n\n\n", result.stdout, re.S)
         assert len(parts) == answers and len(set(parts)) <= 1, result.stdout
         assert result.stdout.startswith("+ 该模式下仅支持单轮问答，无多轮对话能力。\n+ 如要进行多轮对话")
-    alone = run_script("chat_ner.py", "--base_model", base_dir, "--only_cpu", cwd=workspace, stdin="")
-    assert "LoRA: 无" in alone.stderr
+    pasted = INSTRUCTION.replace("\n", "\\n") + "文本：王明在北京"
+    stdin = f"/base\n{pasted}\n/base\n/base {pasted}\n/help\n\udcff\n你好\n/base\n"
+    chat = run_script("chat_ner.py", *options, cwd=workspace, stdin=stdin)
+    with_adapter, *base, _, free = re.findall(r"Response:  (.*?)\n\n\n", chat.stdout, re.S)
+    assert base[0] == base[1] and len(base) == 2 and chat.stdout.count("/help       显示这些命令") == 2
+    assert parse_answer(with_adapter, "王明在北京", ["人名", "地名"]).malformed == [] != parse_answer(base[0]).malformed
+    assert chat.stderr.count("不是 UTF-8") == 1
+    alone = run_script(
+        "chat_ner.py", "--base_model", base_dir, *options[2:], "--only_cpu", cwd=workspace, stdin="你好\n"
+    )
+    assert "LoRA: 无" in alone.stderr and f"Response:  {free}\n\n\n" in alone.stdout
 
 
 def test_chat_answers_a_file(workspace, adapter, tmp_path):
@@ -342,6 +351,7 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("predict.py", ["--lora_model={adapter}", "--resume"], "--resume needs --output_path"),
         ("predict.py", ["--input_path=nowhere"], "nowhere: no such file"),
         ("chat_ner.py", ["--interactive=False"], "--interactive=False needs --data_file"),
+        ("chat_ner.py", ["--top_p=0"], "--top_p=0.0: expected more than 0, at most 1"),
         ("chat_ner.py", ["--interactiv"], "did you mean --interactive?"),
     ],
 )

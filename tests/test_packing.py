@@ -160,7 +160,7 @@ def test_loader_counts_the_answer_tokens_of_the_whole_step():
         micro = [batch for rank in batches for batch in rank[2 * step : 2 * step + 2]]
         tokens = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in micro)
         assert {batch["step_tokens"] for batch in micro} == {tokens}
-    assert [loaders[0].examples_in_step(k) for k in range(4)] == [8, 8, 7, 8]
+    assert [loaders[0].examples_until(k) for k in range(5)] == [0, 8, 16, 23, 31]
     loaders[0].set_epoch(1)
     again = [batch["rows"][0]["input_ids"] for batch in loaders[0]]
     assert not all(torch.equal(a, b["input_ids"]) for a, b in zip(again, batches[0], strict=True))

@@ -7,16 +7,22 @@ import json
 import os
 import re
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
+from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import modeling
-from config_utils import UserError, load_config
-from conftest import read_log, run_script, training_options
+import run_files
+import train_trainer
+from config_utils import UserError, load_config, parse_config
+from conftest import ROOT, read_log, run_script, training_options, write_jsonl
 from constraint import AnswerGrammar
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
 from generation import evaluate_f1, predict_rows
@@ -110,6 +116,49 @@ def test_what_a_run_leaves_behind(workspace, base_dir, trainer):
     assert 5 < facts["text_tokens"] < 60  # at the 80th percentile
     assert args.deepspeed["bf16"]["enabled"] is args.deepspeed["fp16"]["enabled"] is False
     assert len(facts["instructs"]) == 1 and facts["versions"].keys() >= {"torch", "transformers", "peft", "deepspeed"}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_run_can_be_watched(workspace, trainer):
+    """TensorBoard has the log's figures, the picture those of the last save."""
+    run = workspace / "checkpoint" / "mine" / trainer
+    log = read_log(run)
+    assert [row["examples"] for row in log if "loss" in row][32:37] == [198, 204, 205, 211, 217]
+    events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
+    for name in ("loss", "lr", "eval_loss"):
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        assert written == [(row["step"], pytest.approx(row[name])) for row in log if name in row]
+    assert imread(run / "training.png").shape[1] == 800
+    assert (run / "training.png").stat().st_mtime_ns > (run / "train_log.jsonl").stat().st_mtime_ns
+    assert not (run / "training.png.new").exists()
+
+
+def test_the_picture_counts_once_what_a_resumed_run_has_done_again(tmp_path):
+    log = tmp_path / "train_log.jsonl"
+    rows = [{"examples": n, "loss": n / 10} for n in (6, 12, 18)] + [{"examples": 18, "eval_loss": 5.0}]
+    rows += [{"examples": 12, "loss": 9.0}, {"examples": 12, "eval_loss": 4.0}, {"examples": 18, "loss": 8.0}]
+    write_jsonl(log, [{"step": 1, "loss": 7.0}, *rows])  # the first: as earlier versions logged
+    series = {"loss": [(6, 0.6), (12, 9.0), (18, 8.0)], "eval_loss": [(12, 4.0)], "eval_f1": [], "lr": []}
+    assert run_files.series_of(log) == series
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    log = run_files.TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3)
+    for step in (1, 2, 3):
+        log.write(step, loss=1.0, lr=0.1)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None if step > 1 else matplotlib.figure)
+        log.draw()
+    log.close()
+    assert capsys.readouterr().err.count("画不了") == 1
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["train_log.jsonl", "training.png"]
+
+
+def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    args = parse_config(train_trainer.CONFIG, train_trainer.__file__, [f"--model_dir={base_dir}", "--tensorboard"])
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        modeling.check_options(args)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
