@@ -260,12 +260,13 @@ def read_texts(path):
 
 
 def to_example(record, instruct, query_prefix):
-    """A record of read_texts in the shape of read_examples."""
+    """A record of read_texts in the shape of read_examples. query_prefix: what stands before the text in training."""
+    query, text = record.get("query"), record["text"]
     return {
         "instruct": record.get("instruct") or instruct,
-        "query": record.get("query") or (query_prefix + record["text"] if record["text"] else ""),
+        "query": query or (query_prefix + text if text else ""),
         "answer": record.get("answer"),
-        "text": record["text"],
+        "text": text.removeprefix(query_prefix) if text == query else text,
         "entities": record.get("entities"),
     }
 

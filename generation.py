@@ -127,6 +127,11 @@ def common_prefix(prompts):
     return first[: next((i for i in range(longest) if first[i] != last[i]), longest)]
 
 
+def reach(rows):
+    """How many places of the cache are taken when what it lacks of these rows is computed, in one step."""
+    return max((row.read for row in rows), default=0) + max((len(row.ids) - row.read for row in rows), default=0)
+
+
 def free_memory(device):
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
@@ -248,8 +253,7 @@ class Batch:
         self._admit(waiting)
         first = count if len(self.rows) > count else 0
         rows = self.rows[first:]
-        longest = max(row.read for row in rows) + max(len(row.ids) - row.read for row in rows)
-        waiting.extendleft(self._fit(max(longest, *(len(row.ids) for row in self.rows))))  # others keep their places
+        waiting.extendleft(self._fit(max(reach(rows), reach(self.rows[:first]))))  # the others keep their places
         rows = self.rows[first:] or self.rows
         logits = self._read(rows)
         if self.grammar:  # a GPU is still computing the logits

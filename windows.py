@@ -101,6 +101,8 @@ def _cut_example(example, tokenizer, room, usual):
     prefix = query[: len(query) - len(text)]
     (empty,) = encode_prompts(tokenizer, [build_prompt(example["instruct"], prefix)])
     limit = 2 * (room - len(empty)) // 3
+    if limit < 1:  # the instruction alone is too long
+        return _whole(example)
     usual = min(usual or limit, limit)
 
     def within(limit):

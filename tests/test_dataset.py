@@ -27,7 +27,9 @@ from dataset import (
     parse_answer,
     read_examples,
     read_jsonl,
+    read_texts,
     save_tokenizer,
+    to_example,
 )
 
 HARD_TEXTS = [
@@ -259,3 +261,16 @@ def test_jsonl_keeps_line_numbers_over_blank_lines(tmp_path):
     (tmp_path / "x.txt").write_text('\n{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
     assert list(read_jsonl(tmp_path / "x.txt")) == [(2, {"a": 1}), (4, {"a": 2})]
     assert json.dumps(list(read_jsonl(tmp_path / "x.txt")))
+
+
+def test_the_text_of_a_query_is_what_follows_the_prefix_of_the_training_data(tmp_path):
+    queries = [
+        {"query": "句子：王明"},
+        {"query": "文本：王明"},
+        {"query": "问：王明", "text": "王明"},
+        {"text": "王明"},
+    ]
+    read = read_texts(write_jsonl(tmp_path / "texts.txt", queries))
+    examples = [to_example(record, "", "句子：") for record in read]
+    assert [example["text"] for example in examples] == ["王明"] * 4
+    assert [example["query"] for example in examples] == ["句子：王明", "文本：王明", "问：王明", "句子：王明"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.figure
 import pytest
 import torch
+import torch.distributed as dist
 from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -265,8 +266,9 @@ def test_which_score_is_better(tmp_path):
     assert BestScore(tmp_path / "nowhere", "loss").improves({"eval_loss": 9.0})
 
 
-def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path):
-    """An adapter that is trained, and the same one merged: equal answers; and the weights are what they were."""
+def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypatch):
+    """An adapter that is trained, and the same one merged: equal answers; and the weights are what they were. Also where
+    two ranks answer a part each."""
     adapter = tmp_path / "adapter_model"
     shutil.copytree(workspace / "checkpoint" / "mine" / "train_trainer" / "adapter_model", adapter)
     weights = load_file(adapter / "adapter_model.safetensors")
@@ -288,6 +290,17 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path):
     f1 = evaluate_f1(model, tokenizer, examples, facts["labels"])
     rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
     assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
+
+    answered = []  # by rank 0, then by both
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: len(answered))
+    monkeypatch.setattr(
+        dist, "all_gather_object", lambda parts, rows: answered.append(rows) or parts.__init__(answered)
+    )
+    evaluate_f1(model, tokenizer, examples, facts["labels"])
+    assert evaluate_f1(model, tokenizer, examples, facts["labels"]) == f1
+    assert [len(rows) for rows in answered] == [5, 4]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 

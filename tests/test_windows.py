@@ -2,8 +2,10 @@
 
 import random
 import time
+from types import SimpleNamespace
 
-from windows import cut, join_rows
+from dataset import load_tokenizer, to_example
+from windows import cut, cut_examples, join_rows
 
 
 def in_characters(limit):
@@ -89,3 +91,9 @@ def test_joined_rows():
     assert all(text[b:e] == found["entity"] for found in joined["entities"] for b, e in found["spans"])
     assert join_rows(text, [(8, 10)], rows[2:])["prediction"] == "没有"
     assert join_rows(text, [(8, 10)], [{**rows[2], "prediction": None}])["prediction"] is None
+
+
+def test_an_instruction_that_leaves_no_room_is_cut_into_nothing(base_dir):
+    example = to_example({"instruct": "说" * 600, "text": "王明到了。他说好。"}, "", "文本：")
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    assert cut_examples([example], model, load_tokenizer(base_dir), None, {}) == [([example], [(0, 9)], [])]
