@@ -24,7 +24,7 @@ from pathlib import Path
 
 from config_utils import UserError, load_config, run_script
 from dataset import SURROGATE, build_prompt, encode_prompts, read_texts, task_of, to_example
-from generation import make_grammar, predict_rows, stream
+from generation import make_grammar, predict_rows, stream, without_template
 from modeling import attach_adapter, check_fit, check_generation, load_for_inference, say
 from run_files import find_adapter
 from windows import cut_examples, rows_of_texts
@@ -159,7 +159,8 @@ class Models:
     def chat(self, name, question):
         """Yield the growing answer to free text."""
         (prompt,) = encode_prompts(self.tokenizer, [build_prompt(question, "")])
-        return self.steps(name, stream(self.model, self.tokenizer, prompt, self.args.max_new_tokens))
+        said = stream(self.model, self.tokenizer, prompt, self.args.max_new_tokens)
+        return self.steps(name, without_template(said))
 
 
 def _name(adapter):
