@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 
 from config_utils import UserError
-from dataset import NO_ENTITY, encode_examples, fit_length, is_ner, parse_answer, read_examples
+from dataset import NO_ENTITY, encode_examples, fit_length, is_ner, parse_answer, read_examples, without_rehearsal
 
 SHOWN = 3  # places of each warning, and of malformed lines
 KEPT = 0.999  # share of the rows that the proposed max_seq_length keeps
@@ -72,18 +72,12 @@ def audit(paths, tokenizer, max_seq_length, columns=("instruct", "query", "answe
 def find_warnings(records, train=None):
     """{key of WARNINGS: [(line, detail)]} of one file's records; `train`: the training records, if these are dev.
 
-    Data of another task than NER need none of the checks of entities.
+    Data of another task than NER need none of the checks of entities, nor does rehearsal.
     """
     found = {kind: [] for kind in WARNINGS}
-    parsed = [parse_answer(r["answer"], r["text"]) for r in records]
-    ner = is_ner(parsed)
-    kinds = {kind for answer in parsed for _, kind in answer.entities}
-    instructs = {r["instruct"] for r in records}
-    named = any(kind in instruct for kind in kinds for instruct in instructs)  # an own instruction may list no types
-    trained = None if train is None else {k for r in train for _, k in parse_answer(r["answer"]).entities}
     train_texts = {input_of(r) for r in train or []}
     seen = {}
-    for record, answer in zip(records, parsed, strict=True):
+    for record in records:
         line, given = record["line"], record["answer"]
         if not given.strip():
             found["empty"].append((line, input_of(record)))
@@ -93,8 +87,17 @@ def find_warnings(records, train=None):
             found[kind].append((line, f"同第 {first['line']} 行: {input_of(record)}"))
         if input_of(record) in train_texts:
             found["overlap"].append((line, input_of(record)))
-        if not ner:
-            continue
+    own = without_rehearsal(records)
+    parsed = [parse_answer(r["answer"], r["text"]) for r in own]
+    if not is_ner(parsed):
+        return found
+    kinds = {kind for answer in parsed for _, kind in answer.entities}
+    instructs = {r["instruct"] for r in own}
+    named = any(kind in instruct for kind in kinds for instruct in instructs)  # an own instruction may list no types
+    answers = [] if train is None else [parse_answer(r["answer"]) for r in without_rehearsal(train)]
+    trained = None if train is None else {kind for answer in answers for _, kind in answer.entities}
+    for record, answer in zip(own, parsed, strict=True):
+        line = record["line"]
         if answer.malformed:
             found["malformed"].append((line, answer.malformed[0]))
         unknown = [
@@ -128,14 +131,18 @@ def _short(text):
 
 
 def describe_answers(records):
-    """The balance of labels and the share of 没有, as one line."""
-    parsed = [parse_answer(record["answer"]) for record in records]
+    """The balance of labels and the share of 没有, as one line; of rehearsal only the count."""
+    own = without_rehearsal(records)
+    parsed = [parse_answer(record["answer"]) for record in own]
+    others = len(records) - len(own)
+    rest = f"；另有 {others} 条别的任务，不检查实体" if others else ""
     if not is_ner(parsed):
-        return "  答案大多不是 实体_类型，不检查实体"
+        return f"  答案大多不是 实体_类型，不检查实体{rest}"
     kinds = Counter(kind for answer in parsed for _, kind in answer.entities)
-    none = sum(record["answer"].strip() == NO_ENTITY for record in records)
+    none = sum(record["answer"].strip() == NO_ENTITY for record in own)
     balance = "，".join(f"{kind} {count}（{count / kinds.total():.1%}）" for kind, count in kinds.most_common())
-    return f"  {NO_ENTITY} {none}（{none / len(records):.1%}）；实体 {kinds.total()}{'：' if balance else ''}{balance}"
+    shares = f"  {NO_ENTITY} {none}（{none / len(own):.1%}）；实体 {kinds.total()}{'：' if balance else ''}{balance}"
+    return shares + rest
 
 
 def describe_lengths(lengths, max_seq_length):

@@ -191,10 +191,10 @@ def _parse_record(where, line):
 
 
 def read_examples(path, instruct_column="instruct", query_column="query", response_column="answer", malformed=None):
-    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities", "line"}; entities may be None.
+    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities", "bare", "line"}; entities may be None.
 
-    Only the three columns are required. `text` falls back to the query without its prefix. `malformed`: as in
-    read_lines.
+    Only the three columns are required. `text` falls back to the query without its prefix. `bare`: whether the row has
+    neither text nor entities of its own. `malformed`: as in read_lines.
     """
     columns = {"instruct": instruct_column, "query": query_column, "answer": response_column}
     examples = []
@@ -205,7 +205,8 @@ def read_examples(path, instruct_column="instruct", query_column="query", respon
         except UserError as error:
             _refuse(str(error), malformed)
         else:
-            examples.append({**example, "line": number})
+            bare = record.get("text") is None and record.get("entities") is None
+            examples.append({**example, "bare": bare, "line": number})
     return examples
 
 
@@ -237,6 +238,16 @@ def optional_columns(path, number, record, query):
                 f"integers); got {entity!r}"
             )
     return {"text": query.removeprefix(QUERY_PREFIX) if text is None else text, "entities": entities}
+
+
+def without_rehearsal(examples):
+    """The examples of the task that the data are for.
+
+    Where some examples have a `text` or `entities`, the bare ones of other instructions only keep the model from
+    forgetting other tasks (process.py's rehearse.txt). A file of nothing but bare ones is all for its own task.
+    """
+    instructs = {example["instruct"] for example in examples if not example.get("bare")}
+    return [example for example in examples if example["instruct"] in instructs] or examples
 
 
 def read_texts(path):

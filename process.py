@@ -15,6 +15,9 @@ Writes data/<data_name>/instruct_data/{train,dev}.txt, one object a line; offset
 
     {"instruct", "query", "answer", "text", "entities": [{"entity", "type", "begin", "end"}]}
 
+If there is a data/<data_name>/ori_data/rehearse.txt, rows of other tasks as {"instruct", "query", "answer"}, they are
+added to train.txt: an adapter that is trained on one task alone forgets what its base could do besides.
+
 Every sentence stays, also those without an entity; only sentences of train that dev holds too are left out.
 """
 
@@ -49,6 +52,7 @@ CONFIG = {
     "max_seq_length": 512,  # tokens of prompt + answer; the audit says how many rows are longer
 }
 
+COLUMNS = ("instruct", "query", "answer")
 SHOWN = 20  # problems of one kind that are printed one by one; the rest is only counted
 TAG = re.compile(r"O|([BIMES])[-_](.+)")
 PROBLEMS = {
@@ -119,7 +123,7 @@ def read_json_sentences(path):
                 places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
                 names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
         except KeyError as error:
-            if {"instruct", "query", "answer"} <= record.keys():
+            if record.keys() >= set(COLUMNS):
                 raise UserError(
                     f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
                     "look at it with --audit_only"
@@ -222,6 +226,22 @@ def convert(path, form, labels, instruct, query_prefix, problems):
     return examples
 
 
+def read_rehearsal(path):
+    """The rows of other tasks in rehearse.txt; none if there is no such file."""
+    rows = []
+    for number, record in read_jsonl(path) if path.is_file() else ():
+        if record.keys() != set(COLUMNS):
+            raise UserError(
+                f"{path}:{number}: expected exactly the keys {', '.join(COLUMNS)}, got {', '.join(record) or 'none'}; "
+                "sentences with entities belong in train.txt"
+            )
+        for key, value in record.items():
+            if not isinstance(value, str):
+                raise UserError(f"{path}:{number}: {key!r} must be a string, got {value!r}; correct the line")
+        rows.append({key: record[key] for key in COLUMNS})
+    return rows
+
+
 def find_files(args):
     """Paths of train and dev; dev is None if it is to be split off train."""
     folder = Path("data") / args.data_name / "ori_data"
@@ -276,7 +296,8 @@ def main(args):
     names = list(dict.fromkeys(labels.values()))  # two tags may mean one type
     instruct = args.instruct.replace("\\n", "\n").replace("{labels}", "、".join(names))
     train_file, dev_file = find_files(args)
-    problems = Problems()
+    rehearse_file = Path("data") / args.data_name / "ori_data" / "rehearse.txt"
+    rehearsal, problems = read_rehearsal(rehearse_file), Problems()
     train = convert(train_file, args.format, labels, instruct, args.query_prefix, problems)
     if dev_file:
         dev = convert(dev_file, args.format, labels, instruct, args.query_prefix, problems)
@@ -291,8 +312,11 @@ def main(args):
 
     folder = Path("data") / args.data_name / "instruct_data"
     for name, examples in (("train", kept), ("dev", dev)):
-        write_examples(folder / f"{name}.txt", examples)
+        write_examples(folder / f"{name}.txt", examples + rehearsal if name == "train" else examples)
         print(summary(folder / f"{name}.txt", examples, names))
+    if rehearsal:
+        share = len(rehearsal) / (len(rehearsal) + len(kept))
+        print(f"别的任务：{rehearse_file} 的 {len(rehearsal)} 条也写进了 train.txt，占 {share:.1%}")
     action = "保留（--keep_leaked）" if args.keep_leaked else f"从训练数据去掉 {len(train) - len(kept)} 句"
     print(f"泄漏：验证数据中 {leaked} 句也在训练数据中，{action}")
     print("丢弃：" + "，".join(f"{title} {problems[kind]}" for kind, title in PROBLEMS.items()))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from config_utils import UserError, load_config, save_config
-from dataset import PROMPT_SHA256, labels_of, load_tokenizer, query_prefix_of, tokenizer_sha256
+from dataset import PROMPT_SHA256, labels_of, load_tokenizer, query_prefix_of, tokenizer_sha256, without_rehearsal
 from modeling import _adapter_shapes, end_bars, is_main, lora_weights, progress, say, zero_stage
 
 TRAINERS = ("train_trainer", "train_deepspeed")
@@ -272,6 +272,7 @@ def check_resumed(checkpoint, run):
 def training_facts(args, records):
     """What inference must know about a run besides its CONFIG; stands in train_args.json beside the adapter."""
     packages = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
+    records = without_rehearsal(records)
     labels = labels_of(records)
     if args.eval_examples > 0 and not labels:
         raise UserError(

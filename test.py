@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 from config_utils import UserError, run_script
-from dataset import is_ner, labels_of, locate, parse_answer, read_examples
+from dataset import is_ner, labels_of, locate, parse_answer, read_examples, without_rehearsal
 from generation import make_grammar, predict_rows
 from metrics import exact, percents, score, table
 from modeling import check_generation, load_for_inference, say
@@ -52,6 +52,9 @@ def main(args):
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
     columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
     examples = read_examples(dev_path, *columns)
+    if args.metric == "ner" and (others := len(examples) - len(without_rehearsal(examples))):
+        examples = without_rehearsal(examples)
+        say(f"{dev_path}: {others} 条是别的任务（没有 text 和 entities，指令也不同），不测")
     examples = examples[: args.max_examples] if args.max_examples > 0 else examples
     if args.metric == "ner" and not is_ner([parse_answer(example["answer"]) for example in examples]):
         raise UserError(

@@ -78,6 +78,21 @@ def test_answers_of_another_task_are_not_taken_for_entities(report):
     assert lines[1] == "  答案大多不是 实体_类型，不检查实体"
 
 
+def test_rehearsal_is_not_taken_for_entities(report):
+    """Its types and lines would be warnings, and its types known ones in dev."""
+    own = [{**row, "entities": []} for row in CLEAN]
+    others = [record("三月五日下雨", "三月五日_日期\n下雨", "找日期"), record("晴", "天", "说")]
+    lines = report(own + others, [{**record("李华。", "李华_人名"), "text": "李华。"}])
+    assert not [line for line in lines if "警告" in line]
+    rest = "；另有 2 条别的任务，不检查实体"
+    assert lines[1] == "  没有 1（50.0%）；实体 2：人名 1（50.0%），地名 1（50.0%）" + rest
+    lines = report(
+        own + others + others[:1] + [record("雨", "", "说")], [{**record("三月", "三月_日期"), "entities": []}]
+    )
+    warnings = ["空答案: 1 条", "重复的样本: 1 条", "指令没有写出、或训练集没有的类型: 1 条"]
+    assert [line for line in lines if "警告" in line] == [f"  警告 {warning}" for warning in warnings]
+
+
 def test_lengths_against_counting_by_hand(report, base_dir):
     rows = make_records(500, 3)
     tokenizer = load_tokenizer(base_dir)

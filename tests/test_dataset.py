@@ -30,6 +30,7 @@ from dataset import (
     read_texts,
     save_tokenizer,
     to_example,
+    without_rehearsal,
 )
 
 HARD_TEXTS = [
@@ -125,9 +126,14 @@ def test_read_examples(tmp_path):
         "answer": "没有",
         "text": "甲_乙",
         "entities": None,
+        "bare": True,
         "line": 1,
     }
     assert second["entities"] == records[1]["entities"] and second["text"] == records[1]["text"]
+    assert without_rehearsal([first, second]) == [second] and without_rehearsal([first, first]) == [first, first]
+    stated, titled = read_examples(write_jsonl(path, [{**records[0], "text": "甲"}, {**records[1], "entities": None}]))
+    assert without_rehearsal([stated, second, first]) == [stated, second, first]  # of one instruction is of one task
+    assert without_rehearsal([{**first, "instruct": "别的"}, stated, titled]) == [stated, titled]
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,19 @@ def test_printed_report(tested):
     )
 
 
+def test_rehearsal_is_no_part_of_the_task(workspace, base_dir, tmp_path):
+    """Neither of what is measured nor of what an adapter is asked: rows of other tasks in the training data."""
+    own = read_rows(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:2]
+    other = {"instruct": "找出日期", "query": "问题：今天几号？" + "很长" * 99, "answer": "今天_日期"}
+    path = write_jsonl(tmp_path / "train.txt", [other, *own, *[other] * 9])
+    args = SimpleNamespace(eval_examples=0, model_dir=base_dir)
+    assert training_facts(args, read_examples(path)) == training_facts(args, read_examples(path)[1:3])
+    result = run_script("test.py", "--data_name=mine", f"--dev_path={path}", *SHORT, cwd=workspace)
+    assert f"{path}: 10 条是别的任务（没有 text 和 entities，指令也不同），不测" in result.stderr
+    rows = read_rows(find_last(workspace) / "predictions.jsonl")
+    assert [row["text"] for row in rows] == [row["text"] for row in own]
+
+
 def test_too_long_a_row_keeps_its_place_and_counts_as_missed(workspace, tmp_path):
     dev = read_rows(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:3]
     dev[1] = {"instruct": INSTRUCTION, "query": "文本：" + "王明去年在北京。" * 200, "answer": "王明_人名\n北京_地名"}

@@ -223,6 +223,44 @@ def test_leaks(corpus, capsys):
     assert "泄漏：验证数据中 1 句也在训练数据中，保留" in capsys.readouterr().out
 
 
+REHEARSE = os.path.join("data", "t", "ori_data", "rehearse.txt")
+
+
+def test_rehearsal_goes_to_train_alone(corpus, capsys):
+    corpus([sentence(f"第{i}句") for i in range(10)])
+    rows = [{"query": "文本：甲", "answer": "甲_乙", "instruct": "说"}, {"instruct": "问", "query": "", "answer": "答"}]
+    Path(REHEARSE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    train, dev = process("--dev_size=2")
+    assert train[8:] == rows and list(train[8]) == ["instruct", "query", "answer"]
+    assert {example["text"] for example in train[:8] + dev} == {f"第{i}句" for i in range(10)}
+    out = capsys.readouterr().out
+    assert "train.txt：句子 8，" in out and f"别的任务：{REHEARSE} 的 2 条也写进了 train.txt，占 20.0%" in out
+
+
+@pytest.mark.parametrize(
+    "line, parts",
+    [
+        ("{", ["JSON"]),
+        ('{"instruct": "说", "query": "甲"}', ["exactly the keys instruct, query, answer, got instruct, query;"]),
+        (
+            '{"instruct": "说", "query": "甲", "answer": "乙", "text": "甲", "entities": []}',
+            ["got instruct, query, answer, text, entities;", "train.txt"],
+        ),
+        ('{"instruct": "说", "query": "甲", "answer": 3}', ["'answer' must be a string, got 3"]),
+    ],
+)
+def test_bad_rehearsal_is_one_line(line, parts, corpus, capsys):
+    corpus([sentence("甲")], DEV)
+    good = '{"instruct": "说", "query": "甲", "answer": "乙"}'
+    Path(REHEARSE).write_text(f"{good}\n{line}\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        process()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"error: {REHEARSE}:2: ") and all(part in err for part in parts), err
+    assert not os.path.exists("data/t/instruct_data")
+
+
 def test_dev_size(corpus):
     corpus([sentence(f"第{i}句") for i in range(50)])
     train, dev = process("--dev_size=10")
