@@ -1,6 +1,7 @@
 """The text and the instruction tasks that train_tiny.py trains the embedded model on.
 
-    python model_hub/tiny_tasks.py          # prints samples
+    python model_hub/tiny_tasks.py                                                  # prints samples
+    python model_hub/tiny_tasks.py --rehearse=data/demo/ori_data/rehearse.txt       # writes the demo's rehearsal
 
 All text comes from the generator of the demo corpus (data/make_demo.py, the train side of its split only), and most of it is
 made rough on purpose: fixed words are replaced by others of the same kind from a large dictionary, words and clauses are
@@ -13,6 +14,8 @@ given string is, list the proper names of a text without their types, repeat, re
 occur. None is the demo's task in the demo's format: no answer lists entities with their types 人名, 地名, 机构名.
 """
 
+import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -410,7 +413,24 @@ def make_batch(stage_name, seed, rows, base_vocabulary, vocabulary):
     return batch
 
 
-if __name__ == "__main__":
+def rehearsal_rows(count=400, seed=79):
+    """Different rows {"instruct", "query", "answer"}, of each task as many, on sentences as natural as the demo's (words
+    without sense are left out) and without the persons and organisations of its dev."""
+    lines = (ROOT / "data" / "demo" / "ori_data" / "dev.txt").read_text(encoding="utf-8").splitlines()
+    entities = [entity for line in lines for entity in json.loads(line)["entity_list"]]
+    held_out = {entity["entity"] for entity in entities if entity["entity_type"] != "LOC"}
+    maker, tasks, rows = TextMaker(seed, "train"), list(TASKS), []
+    while len(rows) < count:
+        segments = any_text(maker)
+        instruct, query, answer = tasks[len(rows) % len(tasks)](maker, segments) or ("", "", "")
+        text, row = plain_text(segments), {"instruct": instruct, "query": query, "answer": answer}
+        of_text = text in query or query.removeprefix("文本：") in text
+        if instruct and of_text and row not in rows and not any(name in query + answer for name in held_out):
+            rows.append(row)
+    return rows
+
+
+def print_samples():
     sample_maker = RoughTextMaker(0, "train", walk_share=0.25, rough_share=0.7)
     for _ in range(10):
         print("文本", plain_text(any_text(sample_maker)))
@@ -419,3 +439,14 @@ if __name__ == "__main__":
         while sample is None:
             sample = sample_task(sample_maker, any_text(sample_maker))
         print(f"\n{sample_task.__name__}\n" + "\n".join(sample))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rehearse", help="where the rows that the demo rehearses go; without it samples are printed")
+    path = parser.parse_args().rehearse
+    if path:
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rehearsal_rows()]
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    else:
+        print_samples()

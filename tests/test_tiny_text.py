@@ -1,6 +1,7 @@
 """python -m pytest tests/test_tiny_text.py: the text and the tasks that the embedded model is pretrained on."""
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -80,6 +81,11 @@ def test_tasks_can_be_answered_and_are_not_the_demos(maker, task):
         if task is tiny_tasks.list_proper_names:
             names = list(dict.fromkeys(s for s, kind in segments if kind in ENTITY_TYPES))
             assert answer == ("\n".join(names) or NOTHING) and query == "文本：" + plain_text(segments)
+
+
+def test_the_demos_rehearsal_is_what_the_script_writes():
+    lines = (ROOT / "data" / "demo" / "ori_data" / "rehearse.txt").read_text(encoding="utf-8").splitlines()
+    assert tiny_tasks.rehearsal_rows() == [json.loads(line) for line in lines], "tiny_tasks.py --help tells how"
 
 
 def test_a_batch_depends_on_its_seed_alone():
