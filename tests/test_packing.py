@@ -305,7 +305,7 @@ def test_row_lengths_are_chosen_with_the_least_padding():
     assert choose_lengths([700] * 5) == [768, 896]
     draw = random.Random(3)
     lengths = [draw.randint(300, 1400) for _ in range(200)]
-    chosen = choose_lengths(lengths)
+    chosen = choose_lengths(lengths, 4)
 
     def padded(chosen):
         return sum(min(n for n in chosen if n >= length) for length in lengths)
