@@ -32,6 +32,7 @@ INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "不同实体间用\n分隔。如果没有结果，回答'没有'。"
 )
 LABELS = ["人名", "地名", "机构名"]  # what the base alone is asked for
+TOTAL = "micro"  # all types together, as metrics.json names them beside the types: the name of none
 BOS, EOS, UNK = 1, 2, 0  # the ids of every LLaMA vocabulary
 
 
@@ -374,12 +375,15 @@ def is_ner(parsed):
 def labels_of(examples):
     """The entity types that occur in the answers, in the order in which the instruction names them.
 
-    None of them, [], where the answers are of another task than NER.
+    None of them, [], where the answers are of another task than NER. UserError for a type named TOTAL.
     """
     parsed = [parse_answer(example["answer"]) for example in examples]
     if not is_ner(parsed):
         return []
     kinds = dict.fromkeys(kind for answer in parsed for _, kind in answer.entities)
+    if TOTAL in kinds:
+        line = next(f"{entity}_{kind}" for answer in parsed for entity, kind in answer.entities if kind == TOTAL)
+        raise UserError(f"the answer {line!r}: metrics.json calls all entity types together {TOTAL}; rename this one")
     instruct = examples[0]["instruct"]
     return sorted(kinds, key=lambda kind: instruct.find(kind) % (len(instruct) + 1))
 

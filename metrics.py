@@ -31,7 +31,8 @@ def score(rows, labels):
 
     "string" compares the sets of (entity, type) of a sentence, "span" every occurrence with its offsets. A predicted
     entity that does not occur in the text is one false positive in both. Types that neither `labels` nor gold knows
-    are false positives of "micro" and get no entry of their own. "micro" has an "f1_interval", see `_interval`.
+    are false positives of "micro" and get no entry of their own; nor does a type of that name, which dataset.labels_of
+    refuses. "micro" has an "f1_interval", see `_interval`.
     """
     rows = list(rows)
     types = list(dict.fromkeys([*labels, *(entity["type"] for row in rows for entity in row.get("gold") or [])]))
@@ -63,7 +64,8 @@ def _view(rows, types, items):
         gold.update(item[-1] for item in right)
         sentences.append((len(found & right), len(found), len(right)))
     micro = _rates(hits.total(), predicted.total(), gold.total()) | {"f1_interval": _interval(sentences)}
-    return {"micro": micro} | {name: _rates(hits[name], predicted[name], gold[name]) for name in types}
+    by_type = {name: _rates(hits[name], predicted[name], gold[name]) for name in types if name != "micro"}
+    return {"micro": micro} | by_type
 
 
 def _rates(hits, predicted, gold):

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from audit import audit
 from config_utils import UserError, run_script
-from dataset import INSTRUCT, QUERY_PREFIX, format_answer, load_tokenizer, read_jsonl, read_lines
+from dataset import INSTRUCT, QUERY_PREFIX, TOTAL, format_answer, load_tokenizer, read_jsonl, read_lines
 
 CONFIG = {
     "data_name": "demo",  # folder under data/
@@ -83,6 +83,8 @@ def read_labels(labels):
             raise UserError(f"--labels: expected TAG:name, got {label!r}; e.g. --labels=PER:人名,LOC:地名")
         if "_" in name:
             raise UserError(f"--labels: {name!r} contains _, which parts entity and type in an answer; rename it")
+        if name == TOTAL:
+            raise UserError(f"--labels: metrics.json calls all entity types together {name!r}; rename {label!r}")
         if names.setdefault(tag, name) != name:
             raise UserError(f"--labels: {tag!r} is named twice, {names[tag]!r} and {name!r}; leave one out")
     if not names:

@@ -60,10 +60,10 @@ def main(args):
         raise UserError(
             f"{dev_path}: most answers are no 实体_类型 lines; for another task give --metric=exact or none"
         )
+    labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
-    labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
 
     rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar))

@@ -190,6 +190,9 @@ def test_labels_of():
     assert labels_of([{"instruct": "地名、人名", "answer": answer} for answer in answers]) == ["地名", "人名"]
     answers = ["a_b is a name", "The end.", "Yes.", "No."]  # not NER
     assert labels_of([{"instruct": "Translate", "answer": answer} for answer in answers]) == []
+    answers = ["王明_人名\n北京_micro", "没有"]  # metrics.json has another use for that name
+    with pytest.raises(UserError, match="北京_micro.*rename"):
+        labels_of([{"instruct": "找", "answer": answer} for answer in answers])
 
 
 def test_parse_answer():

@@ -113,6 +113,12 @@ def test_types_of_gold_alone_follow_the_labels():
     assert list(score(rows, ["地名", "人名"])["span"]) == ["micro", "地名", "人名", "时间"]
 
 
+def test_a_type_does_not_take_the_place_of_the_total():
+    rows = [row("甲乙", [], [entity("甲", "micro", (0, 1)), entity("乙", "人名", (1, 2))])]
+    assert view(score(rows, ["人名"]), "span") == {"micro": rates(0, 0, 2), "人名": rates(0, 0, 1)}
+    assert "总计" in table(score(rows, ["人名"]))
+
+
 def test_entity_inside_a_longer_one_is_no_false_span():
     """北京 occurs, but only inside 北京大学, which is named too: no span, and not outside the text either."""
     predicted = [entity("北京大学", "机构名", (0, 4)), entity("北京", "地名")]

@@ -322,6 +322,7 @@ TRAIN = os.path.join("data", "t", "ori_data", "train.txt")
         ([sentence("甲")], DEV, ["--format=csv"], ["--format", "jsonl", "'csv'"]),
         ([sentence("甲")], DEV, ["--labels=PER"], ["--labels", "'PER'"]),
         ([sentence("甲")], DEV, ["--labels=PER:人_名"], ["--labels", "'人_名'"]),
+        ([sentence("甲")], DEV, ["--labels=MIC:micro"], ["--labels", "'MIC:micro'", "metrics.json", "rename"]),
         ([sentence("甲")], DEV, ["--labels=PER:人名,PER:人"], ["--labels", "twice"]),
         ([sentence("甲")], DEV, ["--labels="], ["--labels"]),
     ],
