@@ -30,7 +30,7 @@ td.gap, th.gap {{ border-left: 2px solid #ddd }}
 th[colspan] {{ text-align: center }}
 details {{ margin: .4rem 0 }}
 summary {{ cursor: pointer; padding: .2rem .4rem; background: #f3f3f3 }}
-li {{ margin: .5rem 0 }}
+li {{ margin: .5rem 0; white-space: pre-wrap; overflow-wrap: anywhere }}
 .gold {{ border-bottom: 3px solid #2a9d4a }}
 .predicted {{ background: #ffd0c8 }}
 svg text {{ font-size: 12px; fill: #666 }}

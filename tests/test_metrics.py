@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import unicodedata
 from html.parser import HTMLParser
 
@@ -307,6 +308,16 @@ def test_report(tmp_path):
         assert f"<summary>{title} {count}</summary>" in page
     assert "<svg" in page and "3 句" in page and '<span class="predicted">&lt;b&gt;</span>&amp;' in page
     HTMLParser().feed(page)
+
+
+def test_report_shows_white_space(tmp_path):
+    text = "甲\n\n  乙\t丙    丁"
+    rows = [{**row(text, [], [entity("丁", "人名", (12, 13))]), "log_probability": -0.1}]
+    write_report(tmp_path / "report.html", rows, score(rows, LABELS), "试", "")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.search(r"^li \{[^}]*white-space: pre-wrap", page, re.M)
+    # what is shown of white space is the text's, and none of the page's own
+    assert re.findall("<li>(.*?)<br>", page, re.S)[0] == text[:12] + '<span class="gold">丁</span>'
 
 
 def test_marked():
