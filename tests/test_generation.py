@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,33 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     )
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
     assert put_off or constrained  # the longest of the constrained answers are short
+
+
+CACHED = "active_file 100\ninactive_file 200\ntotal_active_file 10000\ntotal_inactive_file 20000\n"
+
+
+@pytest.mark.parametrize(
+    "line, files, free",
+    [  # a container's root under v2; a job that may use what it likes, in one that may not; v1; no limit; no controller
+        ("0::/", {"memory.max": "5000", "memory.current": "1000"}, 4300),
+        ("0::/job/1", {"job/1/memory.max": "max", "job/memory.max": "3000", "job/memory.current": "1000"}, 2300),
+        ("4:memory:/a", {"memory/memory.limit_in_bytes": "50000", "memory/memory.usage_in_bytes": "40000"}, 40000),
+        ("0::/", {"memory.max": "1000", "memory.current": "2000"}, 0),
+        ("0::/", {"memory.max": "max", "memory.current": "1000"}, 7168000),
+        ("8:pids:/", {}, 7168000),
+        (None, {}, 7168000),
+    ],
+)
+def test_free_memory_is_what_a_container_leaves(tmp_path, monkeypatch, line, files, free):
+    monkeypatch.setattr(generation, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(generation, "CGROUPS", tmp_path / "cgroup")
+    files = {f"cgroup/{name}": text for name, text in files.items()} | {"proc/meminfo": "MemAvailable: 7000 kB"}
+    files |= {f"{Path(name).parent}/memory.stat": CACHED for name in files if "cgroup/" in name}
+    files |= {"proc/self/cgroup": f"9:name=systemd:/\n{line}\n"} if line else {}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert generation.free_memory(torch.device("cpu")) == free
 
 
 def test_short_prompts_leave_a_long_row_its_places(model, tokenizer, prompts, monkeypatch):
