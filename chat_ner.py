@@ -17,7 +17,7 @@ from config_utils import UserError, run_script  # before the libraries: it refus
 # isort: split
 import torch
 
-from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_lines
+from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
 from generation import make_grammar, sampler, stream, without_template
 from modeling import check_generation, load_for_inference, progress, say
 from run_files import find_adapter, open_output
@@ -96,7 +96,7 @@ def show(texts):
 def main(args):
     if not args.interactive and not args.data_file:
         raise UserError("--interactive=False needs --data_file, a file with one input a line")
-    questions = [line for _, line in read_lines(args.data_file) if line.strip()] if args.data_file else []
+    questions = read_inputs(args.data_file) if args.data_file else []
     check_generation(args)
     check_sampling(args)
     alone = args.base_model and args.lora_model == "auto"

@@ -134,6 +134,8 @@ def read_lines(path, malformed=None):
     An undecodable line is a UserError too, or, where there is a list `malformed`, is left out and appended to it.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # most files are read twice
+        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'pipe or device'}; name a file")
     if not path.is_file():
         made = "; make it with `python process.py --data_name=…`" if path.parent.name == "instruct_data" else ""
         raise UserError(f"{path}: no such file{made}")
@@ -251,14 +253,22 @@ def without_rehearsal(examples):
     return [example for example in examples if example["instruct"] in instructs] or examples
 
 
+def read_inputs(path):
+    """The lines of a text file that are not blank; UserError where there is none."""
+    lines = [line for _, line in read_lines(path) if line.strip()]
+    if not lines:
+        raise UserError(f"{path}: the file holds only blank lines")
+    return lines
+
+
 def read_texts(path):
     """Texts to answer, as a list of dicts with `text` or `query`, and `instruct` and `answer` where given.
 
     The file holds plain text, one a line, or JSON lines.
     """
-    first = next((line for _, line in read_lines(path) if line.strip()), "")
-    if not first.lstrip().startswith("{"):
-        return [{"text": line} for _, line in read_lines(path) if line.strip()]
+    lines = read_inputs(path)
+    if not lines[0].lstrip().startswith("{"):
+        return [{"text": line} for line in lines]
     records = []
     for number, record in read_jsonl(path):
         for key in ("query", "instruct", "answer"):

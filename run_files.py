@@ -368,9 +368,9 @@ def _adapter_folder(data_name, lora_model):
     if lora_model != "auto":
         folder = _adapter_or_old(Path(lora_model).resolve())
         if folder is None:
-            raise UserError(
-                f"{lora_model}: no adapter here (adapter_config.json is missing); train one or name another"
-            )
+            inside = Path(lora_model) / "adapter_model"
+            remedy = f"name {inside}" if inside.is_dir() else "train one or name another"
+            raise UserError(f"{lora_model}: no adapter here (adapter_config.json is missing); {remedy}")
         return folder
     root = Path("checkpoint") / data_name
     trained = [folder for name in TRAINERS if (folder := _adapter_or_old(root / name / "adapter_model"))]

@@ -333,6 +333,7 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
     (folder / "original" / "train_args.json").write_text(json.dumps({"data_name": "msra", "lora_r": 8}))
     shutil.copytree(adapter, folder / "broken")
     (folder / "broken" / "train_args.json").write_text('{"config": ')
+    (folder / "blank.txt").write_text("\n  \n\n")
     return folder
 
 
@@ -341,7 +342,9 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
     [
         ("test.py", ["--data_name=nothing"], r"checkpoint/nothing: no adapter here; .*deepspeed train_trainer.py"),
         ("test.py", ["--lora_model=nowhere"], "nowhere: no adapter here"),
+        ("test.py", ["--lora_model={adapter}/.."], "no adapter here .*; name .*/adapter_model$"),
         ("test.py", ["--data_name=mine", "--dev_path=nowhere"], "nowhere: no such file"),
+        ("test.py", ["--data_name=mine", "--dev_path={adapter}"], "adapter_model: is a folder; name a file"),
         ("test.py", ["--lora_model={misfits}/original"], "original scripts.*retrain"),
         ("test.py", ["--lora_model={misfits}/broken"], "train_args.json: line 1"),
         (
@@ -363,6 +366,9 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("test.py", ["--data_name=mine", "--constrained=yes"], "--constrained=yes: expected auto, True, False"),
         ("predict.py", ["--lora_model={adapter}", "--resume"], "--resume needs --output_path"),
         ("predict.py", ["--input_path=nowhere"], "nowhere: no such file"),
+        ("predict.py", ["--input_path={misfits}/blank.txt"], "blank.txt: the file holds only blank lines"),
+        ("predict.py", ["--input_path=/dev/null"], "/dev/null: is a pipe or device; name a file"),
+        ("chat_ner.py", ["--data_file={misfits}/blank.txt"], "blank.txt: the file holds only blank lines"),
         ("chat_ner.py", ["--interactive=False"], "--interactive=False needs --data_file"),
         ("chat_ner.py", ["--top_p=0"], "--top_p=0.0: expected more than 0, at most 1"),
         ("chat_ner.py", ["--interactiv"], "did you mean --interactive?"),
