@@ -233,6 +233,7 @@ def optional_columns(path, number, record, query):
         raise UserError(f"{path}:{number}: `text` must be a string, got {text!r}")
     if not isinstance(entities, list | None):
         raise UserError(f"{path}:{number}: `entities` must be a list, got {entities!r}")
+    text = query.removeprefix(QUERY_PREFIX) if text is None else text
     kinds = {"entity": str, "type": str, "begin": int, "end": int}
     for entity in entities or []:
         if not isinstance(entity, dict) or any(not isinstance(entity.get(k), kind) for k, kind in kinds.items()):
@@ -240,7 +241,13 @@ def optional_columns(path, number, record, query):
                 f"{path}:{number}: `entities` must be objects with entity, type, begin, end (two strings, two "
                 f"integers); got {entity!r}"
             )
-    return {"text": query.removeprefix(QUERY_PREFIX) if text is None else text, "entities": entities}
+        begin, end = entity["begin"], entity["end"]
+        if not 0 <= begin < end <= len(text) or text[begin:end] != entity["entity"]:
+            raise UserError(
+                f"{path}:{number}: the entity {entity['entity']!r} is not at [{begin}, {end}) of the text, where "
+                f"{text[max(begin, 0) : end]!r} is; begin and end count characters from 0, end exclusive"
+            )
+    return {"text": text, "entities": entities}
 
 
 def without_rehearsal(examples):

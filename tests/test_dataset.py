@@ -155,6 +155,11 @@ def test_read_examples(tmp_path):
             b'[{"entity": "b", "type": "d", "begin": "0", "end": 1}]}\n',
             r"data.txt:1: .*two strings, two integers",
         ),
+        (
+            b'{"instruct": "a", "query": "xyz", "answer": "y_d", "entities": '
+            b'[{"entity": "y", "type": "d", "begin": 1, "end": 1}]}\n',
+            r"data.txt:1: the entity 'y' is not at \[1, 1\) of the text.*end exclusive",
+        ),
         (b'{"instruct": ' + b"[" * 100_000, r"data.txt:1: not JSON that can be read"),
         (b'{"instruct": ' + b"1" * 5000 + b"}", r"data.txt:1: not JSON that can be read"),
     ],
