@@ -16,6 +16,7 @@ with `-` differs between Python versions and whose errors are not one line.
 import ast
 import copy
 import difflib
+import errno
 import io
 import json
 import math
@@ -201,11 +202,24 @@ def parse_config(config, file, argv=None):
 
 
 def run_script(main, config, file, argv=None):
-    """Parse, call `main(args)`, and end bad input in one line and exit code 2, Ctrl-C in exit code 130."""
+    """Parse, call `main(args)`, and end bad input in one line and exit code 2, Ctrl-C in exit code 130.
+
+    So does a full disk; a reader of the output that has gone, as `head`, ends it in exit code 1.
+    """
     try:
-        main(parse_config(config, file, argv))
+        try:
+            main(parse_config(config, file, argv))
+        finally:
+            sys.stdout.flush()  # here rather than at exit
     except UserError as error:
         _fail(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"{error.filename or 'output'}: {error.strerror}; free some space there and run it again")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

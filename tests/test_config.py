@@ -246,6 +246,9 @@ def main(args):
         raise UserError("x.txt:3: broken\\nline; mend it")
     if args.what == "stop":
         raise KeyboardInterrupt
+    if args.what == "full":
+        with open("/dev/full", "w") as file:
+            file.write("a")
     if args.what == "bug":
         raise KeyError("a bug keeps its traceback")
     print(args.lora_r)
@@ -295,11 +298,23 @@ def test_help_without_source(capsys):
         (["--lorar"], 2, "", "error: unknown option --lorar, did you mean --lora_r?\n"),
         (["--what=user"], 2, "", "error: x.txt:3: broken line; mend it\n"),
         (["--what=stop"], 130, "", ""),
+        (["--what=full"], 2, "", "error: output: No space left on device; free some space there and run it again\n"),
     ],
 )
 def test_script(argv, code, out, err, script):
     done = script(*argv)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+@pytest.mark.parametrize("option", ["--help", "--lora_r=9"])
+def test_a_reader_that_has_gone(option, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(tmp_path / "script.py"), option]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ROOT})
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 def test_a_bug_keeps_its_traceback(script):
