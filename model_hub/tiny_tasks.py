@@ -413,7 +413,7 @@ def make_batch(stage_name, seed, rows, base_vocabulary, vocabulary):
     return batch
 
 
-def rehearsal_rows(count=400, seed=79):
+def rehearsal_rows(count=800, seed=79):
     """Different rows {"instruct", "query", "answer"}, of each task as many, on sentences as natural as the demo's (words
     without sense are left out) and without the persons and organisations of its dev."""
     lines = (ROOT / "data" / "demo" / "ori_data" / "dev.txt").read_text(encoding="utf-8").splitlines()

@@ -522,7 +522,7 @@ def test_the_deepspeed_file_of_the_original(train):
     assert settings["zero_optimization"]["offload_optimizer"]["device"] == "none"
 
 
-@pytest.mark.parametrize("data_name, lr", [("demo", 3e-3), ("other", 1e-4)])
+@pytest.mark.parametrize("data_name, lr", [("demo", 1.5e-3), ("other", 1e-4)])
 def test_our_own_deepspeed_files(data_name, lr):
     args = parse_config(TRAIN, os.path.join(ROOT, "train.py"), [f"--data_name={data_name}"])
     assert args.deepspeed_optimizer_params_lr == lr

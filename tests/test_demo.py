@@ -73,8 +73,8 @@ def test_dev_shares_no_template_and_no_name_with_train(corpus):
 
 def test_rehearsal_is_of_other_tasks_and_shows_no_name_of_dev(corpus):
     rows = read("rehearse")
-    assert len(rows) == 400 and all(row.keys() == {"instruct", "query", "answer"} for row in rows)
-    assert len({(row["instruct"], row["query"]) for row in rows}) == 400
+    assert len(rows) == 800 and all(row.keys() == {"instruct", "query", "answer"} for row in rows)
+    assert len({(row["instruct"], row["query"]) for row in rows}) == 800
     assert not [row for row in rows if re.search("_(人名|地名|机构名)", row["answer"])]
     text = "\n".join(row["query"] + row["answer"] for row in rows)
     assert not [name for name in names(corpus["dev"], "PER", "ORG") if name in text]

@@ -468,6 +468,26 @@ def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
         assert SentencePieceProcessor(model_file=str(out / "tokenizer.model")).decode(new) == answer
 
 
+def test_the_shipped_adapter_keeps_the_bases_tasks(embedded):
+    """At least 90 % of what the base answers exactly, of 12 questions of each task on held-out templates and names."""
+    pytest.importorskip("jieba", reason="the questions are made with jieba's dictionary")
+    from train_tiny import held_out_tasks
+
+    questions = [question for found in held_out_tasks(seed=1, count=12).values() for question in found]
+    right = []
+    for lora_model in (None, str(SHIPPED)):
+        model, tokenizer = load_for_inference(
+            *find_adapter("demo", lora_model), str(embedded), None, "fp32", "cpu", merge=True
+        )
+        ids = encode_prompts(tokenizer, [prompt for prompt, _ in questions])
+        answers = generate(model, tokenizer, ids, 120, 48)
+        right.append(sum(a.text == gold for a, (_, gold) in zip(answers, questions, strict=True)))
+    base, shipped = right
+    print(f"exact answers of {len(questions)}: the base {base}, with the shipped adapter {shipped}")
+    assert len(questions) == 96 and base >= 48  # a base that knows nothing has nothing to forget
+    assert shipped >= 0.9 * base, f"of {base} exact answers {shipped} are left"
+
+
 def fails(capsys, base, adapters, output_dir, *options):
     """The one line of a run that must end in exit code 2 and write nothing."""
     capsys.readouterr()
