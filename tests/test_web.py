@@ -343,7 +343,7 @@ def take_picture(path):
     with serving(ROOT) as address, browsing() as browser:
         page = browser.new_page(locale="zh-CN", viewport={"width": 1100, "height": 860})
         page.goto(address)
-        page.click(f"text={web_ner.EXAMPLES[0]}")
+        page.click(f"text={web_ner.EXAMPLES[2]}")
         page.wait_for_selector("#result .entities")
         page.mouse.move(0, 0)
         page.wait_for_timeout(1000)  # for what fades in
