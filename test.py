@@ -49,6 +49,8 @@ def main(args):
     check_generation(args)
     if args.metric not in WRITTEN:
         raise UserError(f"--metric={args.metric}: expected {', '.join(WRITTEN)}")
+    if args.max_examples < 1 and args.max_examples != -1:
+        raise UserError(f"--max_examples={args.max_examples}: expected 1 or more, or -1 for all")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
     columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
     examples = read_examples(dev_path, *columns)

@@ -363,6 +363,7 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
             "cannot be written",
         ),
         ("test.py", ["--data_name=mine", "--batch_size=0"], "--batch_size=0: expected 1 or more"),
+        ("test.py", ["--data_name=mine", "--max_examples=0"], "--max_examples=0: expected 1 or more, or -1 for all"),
         ("test.py", ["--data_name=mine", "--constrained=yes"], "--constrained=yes: expected auto, True, False"),
         ("predict.py", ["--lora_model={adapter}", "--resume"], "--resume needs --output_path"),
         ("predict.py", ["--input_path=nowhere"], "nowhere: no such file"),
