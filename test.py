@@ -54,10 +54,10 @@ def main(args):
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
     columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
     examples = read_examples(dev_path, *columns)
-    if args.metric == "ner" and (others := len(examples) - len(without_rehearsal(examples))):
-        examples = without_rehearsal(examples)
+    own = without_rehearsal(examples) if args.metric == "ner" else examples
+    if others := len(examples) - len(own):
         say(f"{dev_path}: {others} 条是别的任务（没有 text 和 entities，指令也不同），不测")
-    examples = examples[: args.max_examples] if args.max_examples > 0 else examples
+    examples = own[: args.max_examples] if args.max_examples > 0 else own
     if args.metric == "ner" and not is_ner([parse_answer(example["answer"]) for example in examples]):
         raise UserError(
             f"{dev_path}: most answers are no 实体_类型 lines; for another task give --metric=exact or none"

@@ -214,9 +214,8 @@ class CompiledLayers:
             return hidden_states  # the first layer's call has gone through all of them
         inputs = (hidden_states, *kwargs["position_embeddings"])
         if self.length not in self.graphed:
-            # The longest first, whether it is met or not: the others then find room in what it has allocated. In the order
-            # of their first use each longer one needs new memory beside the shorter ones': 192 examples of a 7B ran out of 80
-            # GB that way, 61 of them the graphs'.
+            # The longest first, whether it is met or not: the others should then find room in what it has allocated. In
+            # the order of their first use, 192 examples of a 7B ran out of 80 GB, 61 of them in the graphs' pool.
             for length in dict.fromkeys((max(self.lengths), self.length)):
                 if length not in self.graphed:
                     self._make_mask(length, hidden_states.device)

@@ -85,8 +85,7 @@ ANY_SLOT = {"PER": "人", "LOC": "地", "ORG": "机构"}
 NOTHING = "没有"
 ROW_LENGTH = 513  # 512 inputs and their successors
 NO_LOSS = 0x4000  # set in a token id of a row: the token is read, but not predicted
-# How many of the tasks' texts and questions are predicted too. They are no hint how to answer, and predicting all of them
-# spends the small network on learning the templates by heart.
+# How many of the tasks' texts and questions are predicted too. The network is small, and the answers are what it is for.
 PREDICTED_QUESTIONS = 0.3
 
 

@@ -1,6 +1,6 @@
 """Make the embedded model from nothing: vocabularies, a tiny LLaMA and two LoRA adapters on top of it.
 
-    python model_hub/train_tiny.py                                        # one GPU with about 80 GB, ten minutes and as much as four for compilation
+    python model_hub/train_tiny.py                                        # one GPU with about 80 GB, ten minutes and two and a half of compilation
     python model_hub/train_tiny.py --seconds 60 --rows 4 --workers 1      # a rehearsal on a CPU
 
 Writes, in the shapes in which the real weights are published (all numbers fp16):
