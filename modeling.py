@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One line a user can act on is worth more than a page of library notices.
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing")
+warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
 warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, after a warning
@@ -213,7 +213,7 @@ def add_lora(model, args):
         raise UserError(f"--lora_target_modules={','.join(args.lora_target_modules)}: {error}") from None
     if zero_stage(args) != 3:  # which moves each module's own weights about
         flatten_lora(model)
-    return model
+    return model.train()  # all of it: from_pretrained leaves the layers where gradient checkpointing does nothing
 
 
 def zero_stage(args):

@@ -31,13 +31,15 @@ def gradient(model, batches):
     return model.lora.grad.clone()
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_compiled_layers_give_the_same_gradients(lora_model, graphs):
+@pytest.mark.parametrize("graphs, checkpointing", [(True, False), (False, False), (False, True)])
+def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointing):
     model = lora_model.cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
     loader = TrainLoader(examples(96, 0), 8, 1, make_collate("prefix", 0), seed=1)
     expected = [gradient(model, [batch]) for batch in loader]
     together = gradient(model, loader)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     lengths = compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model))
     batches = list(loader)
     assert len({row["input_ids"].shape[1] for batch in batches for row in batch["rows"]} & set(lengths)) > 1

@@ -23,12 +23,20 @@ import modeling
 import run_files
 import train_trainer
 from config_utils import UserError, load_config, parse_config
-from conftest import ROOT, read_log, run_script, training_options, write_jsonl
+from conftest import ROOT, LoraSettings, read_log, run_script, training_options, write_jsonl
 from constraint import AnswerGrammar
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
 from generation import evaluate_f1, predict_rows
 from metrics import score
-from modeling import answer_loss, evaluate_loss, load_for_inference, merged_lora, warmup_linear
+from modeling import (
+    add_lora,
+    answer_loss,
+    evaluate_loss,
+    load_base,
+    load_for_inference,
+    merged_lora,
+    warmup_linear,
+)
 from packing import TrainLoader, make_collate, pad_batch
 from run_files import BestScore, checkpoint_to_resume
 
@@ -63,6 +71,22 @@ def test_accumulation_and_ranks_give_the_gradient_of_one_large_batch(lora_model,
         part_loss, part_gradient = gradients(lora_model, micro)
         assert part_loss == pytest.approx(loss, rel=1e-6)
         assert (part_gradient - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base_dir, examples):
+    batch = next(iter(TrainLoader(examples, 12, 1, make_collate("prefix", 0), 42)))
+
+    def train(checkpointing):
+        settings = type("Settings", (LoraSettings,), {"gradient_checkpointing": checkpointing})
+        model, kept = add_lora(load_base(base_dir, torch.float32, "cpu"), settings), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            loss = answer_loss(model, **batch)
+        loss.backward()
+        return loss.item(), model.lora.grad, sum(kept)
+
+    (loss, gradient, kept), (again, recomputed, less) = train(False), train(True)
+    assert loss == again and torch.equal(gradient, recomputed)
+    assert less < kept / 2
 
 
 def test_loss_is_the_mean_over_answer_tokens(lora_model, examples):
