@@ -216,11 +216,13 @@ class CompiledLayers:
         if self.length not in self.graphed:
             # The longest first, whether it is met or not: the others should then find room in what it has allocated. In
             # the order of their first use, 192 examples of a 7B ran out of 80 GB, 61 of them in the graphs' pool.
-            for length in dict.fromkeys((max(self.lengths), self.length)):
-                if length not in self.graphed:
-                    self._make_mask(length, hidden_states.device)
-                    longer = (0, 0, 0, length - self.length)
-                    self.graphed[length] = self._capture(length, [pad(tensor, longer) for tensor in inputs])
+            # Without drawing from the step's generator: a resumed run captures in other steps than one uninterrupted.
+            with torch.random.fork_rng([hidden_states.device]):
+                for length in dict.fromkeys((max(self.lengths), self.length)):
+                    if length not in self.graphed:
+                        self._make_mask(length, hidden_states.device)
+                        longer = (0, 0, 0, length - self.length)
+                        self.graphed[length] = self._capture(length, [pad(tensor, longer) for tensor in inputs])
             self.proven = True
         return _Replay.apply(self.graphed[self.length], *inputs, self.model.lora)
 

@@ -6,8 +6,9 @@ from functools import partial
 import pytest
 import torch
 
+from conftest import LoraSettings
 from dataset import EOS, TokenizedExample
-from modeling import answer_loss, bind_lora
+from modeling import add_lora, answer_loss, bind_lora, load_base
 from packing import TrainLoader, make_collate
 from tree_attention import compile_layers
 
@@ -54,3 +55,20 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
         loss = sum(answer_loss(model, **batch) for batch in batches)
     assert torch.isfinite(loss)
     assert (gradient(model, batches[:1]) - expected[0]).norm() < 1e-5 * expected[0].norm()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_step_that_captures_has_the_dropout_of_one_that_replays(base_dir, graphs):
+    settings = type("Settings", (LoraSettings,), {"lora_dropout": 0.5})
+    model = add_lora(load_base(base_dir, torch.float32, "cuda"), settings)
+    loader = TrainLoader(examples(96, 0), 8, 1, make_collate("prefix", 0), seed=1)
+    compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model))
+
+    def step(batch, seed):
+        torch.manual_seed(seed)
+        return gradient(model, [batch]), torch.rand(1, device="cuda")
+
+    for batch in loader:  # the first of each length compiles and captures
+        (first, drawn), (again, drawn_again), (other, _) = step(batch, 7), step(batch, 7), step(batch, 8)
+        assert (first - again).norm() < 1e-5 * first.norm() and drawn == drawn_again
+        assert (first - other).norm() > 0.1 * first.norm()
