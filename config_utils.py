@@ -565,6 +565,13 @@ def _source(file):
     return ast.get_docstring(tree) or "", comments
 
 
+def _no_traceback_for_ctrl_c(kind, *error):
+    """Before run_script does: the libraries take seconds to import."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, *error)
+
+
+sys.excepthook = _no_traceback_for_ctrl_c
 try:
     check_versions()
 except UserError as error:

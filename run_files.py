@@ -391,7 +391,7 @@ def _adapter_or_old(folder):
     return None
 
 
-def open_output(path):
+def open_output(path, remedy="name another file"):
     """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then.
 
     What it holds stays until the caller truncates it, for what else can go wrong before there is an answer.
@@ -400,4 +400,4 @@ def open_output(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return open(path, "a", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None

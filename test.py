@@ -21,7 +21,7 @@ from generation import make_grammar, predict_rows
 from metrics import exact, percents, score, table
 from modeling import check_generation, load_for_inference, say
 from report import write_report
-from run_files import find_adapter
+from run_files import find_adapter, open_output
 
 CONFIG = {
     "data_name": "demo",  # folder under data/ and under checkpoint/
@@ -63,6 +63,8 @@ def main(args):
             f"{dev_path}: most answers are no 实体_类型 lines; for another task give --metric=exact or none"
         )
     labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
+    out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
+    file = open_output(out / "predictions.jsonl", "give a copy of the adapter in another folder: --lora_model=…")
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
@@ -87,9 +89,8 @@ def main(args):
     if cut := metrics["cut"]:
         print(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
 
-    out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "predictions.jsonl").open("w", encoding="utf-8") as file:
+    with file:
+        file.truncate(0)
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
         (out / name).unlink(missing_ok=True)

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 import chat_ner
 import metrics
 from config_utils import UserError
-from conftest import INSTRUCTION, make_records, run_script, write_jsonl
+from conftest import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
 from modeling import DEFAULT_BASE
 from run_files import TRAINERS, find_adapter, training_facts
@@ -333,6 +336,8 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
     (folder / "original" / "train_args.json").write_text(json.dumps({"data_name": "msra", "lora_r": 8}))
     shutil.copytree(adapter, folder / "broken")
     (folder / "broken" / "train_args.json").write_text('{"config": ')
+    shutil.copytree(adapter, folder / "occupied" / "adapter_model")
+    (folder / "occupied" / "predictions.jsonl").mkdir()
     (folder / "blank.txt").write_text("\n  \n\n")
     return folder
 
@@ -347,6 +352,11 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("test.py", ["--data_name=mine", "--dev_path={adapter}"], "adapter_model: is a folder; name a file"),
         ("test.py", ["--lora_model={misfits}/original"], "original scripts.*retrain"),
         ("test.py", ["--lora_model={misfits}/broken"], "train_args.json: line 1"),
+        (
+            "test.py",
+            ["--data_name=mine", "--lora_model={misfits}/occupied/adapter_model"],
+            "predictions.jsonl: cannot be written .* give a copy of the adapter in another folder",
+        ),
         (
             "predict.py",
             ["--lora_model={adapter}", "--base_model={misfits}/narrow"],
@@ -392,3 +402,13 @@ def test_the_default_base_is_the_trainers():
     keys = [key for key in train_deepspeed.CONFIG if key not in different]
     assert list(train_trainer.CONFIG) == list(train_deepspeed.CONFIG)
     assert all(train_trainer.CONFIG[key] == train_deepspeed.CONFIG[key] for key in keys)
+
+
+def test_ctrl_c_while_the_libraries_load_is_no_traceback(tmp_path):
+    command = [sys.executable, "-X", "importtime", str(ROOT / "test.py")]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        while "config_utils" not in (line := process.stderr.readline()):
+            assert line
+        process.send_signal(signal.SIGINT)
+        stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == -signal.SIGINT and "Traceback" not in stderr, stderr[-2000:]
