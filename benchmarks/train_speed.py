@@ -6,10 +6,12 @@
 
 Ours are train_deepspeed.py and train_trainer.py themselves, as subprocesses, read from train_log.jsonl after the
 warm-up; the others are loops written here. --shape=7b makes a randomly initialised model of LLaMA 7B's shape on the
-GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a list of objects with the keys COLUMNS.
+GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a list of objects with the keys COLUMNS: rows
+of earlier runs stay until they are measured again, so the table can be filled over several sittings. What does not
+fit into memory is said and left out.
 
---gpus: only our two trainers, on one GPU and on each of these numbers of one host, with the ZeRO stages --zero; the
-rows are added to those in the file. linear_share is the speed over that of as many GPUs alone, in the same run. loss_gap
+--gpus: only our two trainers, on one GPU and on each of these numbers of one host, with the ZeRO stages --zero.
+linear_share is the speed over that of as many GPUs alone, in the same run. loss_gap
 and adapter_gap are against the raw loop on one GPU with ZeRO-1 and the same examples a step, by accumulation: the
 largest difference of a logged loss, and the norm of the lora_B's difference, both as a share. Without a GPU it
 rehearses with processes on the CPU; their speed then says nothing.
@@ -67,7 +69,8 @@ CONFIG = {
     "peer": None,  # internal: measure this loop in this process
 }
 OURS = ("none", "plain", "prefix", "trainer")
-COLUMNS = """how batch gpus zero examples_per_second ms_per_step peak_gib unique_tokens_per_second matrix_rate_share
+MEASURED = ("how", "shape", "batch", "gpus", "zero", "examples", "options")  # what a row is of; examples: of the corpus
+COLUMNS = f"""{" ".join(MEASURED)} date examples_per_second ms_per_step peak_gib unique_tokens_per_second matrix_rate_share
 linear_share loss_gap adapter_gap""".split()
 RESULTS = ROOT / "benchmarks" / "results"
 LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
@@ -149,10 +152,18 @@ def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1):
     result = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=env
     )
-    if result.returncode:
-        raise UserError(f"{script} failed: {(result.stdout + result.stderr)[-1500:]}")
+    check_ran(result, script)
     (run / "output.txt").write_text(result.stdout + result.stderr, encoding="utf-8")
     return run
+
+
+def check_ran(result, what):
+    """UserError where a process failed, MemoryError where what it wanted did not fit."""
+    output = result.stdout + result.stderr
+    if result.returncode and "OutOfMemoryError" in output:
+        raise MemoryError
+    if result.returncode:
+        raise UserError(f"{what} failed: {output[-1500:]}")
 
 
 def read_log(run):
@@ -185,8 +196,7 @@ def measure_peer(how, batch, model_dir, work, seconds):
     command = [sys.executable, __file__, f"--peer={how}", f"--batch={batch}", f"--work_dir={work}"]
     command += [f"--shape={model_dir}", f"--seconds={seconds}"]
     result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", cwd=ROOT)
-    if result.returncode:
-        raise UserError(f"{how} failed: {(result.stdout + result.stderr)[-1500:]}")
+    check_ran(result, how)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -293,8 +303,7 @@ def main(args):
     out = RESULTS / f"train_speed-{name.replace(' ', '_')}.json"
     stages = args.zero if several else [1]
     plan = list(itertools.product(args.batch, stages, hows, sorted({1, *args.gpus})))
-    results = json.loads(out.read_text(encoding="utf-8")) if several and out.is_file() else []
-    results = [row for row in results if tuple(map(row.get, ("batch", "zero", "how", "gpus"))) not in plan]
+    results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     measured = {}  # what train was asked -> the folder of that run
 
     def run_of(how, batch, **layout):
@@ -305,25 +314,34 @@ def main(args):
     for batch, zero, how, gpus in tqdm(plan, desc="measuring", dynamic_ncols=True):
         if how == "liger" and not find_spec("liger_kernel"):
             continue
-        row = {"how": how, "batch": batch, "gpus": gpus}
-        if how in OURS:
-            run = run_of(how, batch, gpus=gpus, zero=zero, accumulation=1)
-            (speed, peak), row["zero"] = speed_of(args, run), zero
-        else:
-            speed, peak = measure_peer(how, batch, model_dir, work, args.seconds)
+        ours = {"zero": zero, "options": args.options or None} if how in OURS else {}
+        row = {"how": how, "shape": model_dir.name, "batch": batch, "gpus": gpus, "examples": len(examples), **ours}
+        shares = {}
+        try:
+            if how in OURS:
+                run = run_of(how, batch, gpus=gpus, zero=zero, accumulation=1)
+                speed, peak = speed_of(args, run)
+            else:
+                speed, peak = measure_peer(how, batch, model_dir, work, args.seconds)
+            if several:
+                alone, _ = speed_of(args, run_of(how, batch, gpus=1, zero=zero, accumulation=1))
+                reference = run_of("prefix", batch, gpus=1, zero=1, accumulation=gpus)
+                shares = {"linear_share": round(speed / alone / gpus, 3), **gaps(run, reference)}
+        except MemoryError:
+            tqdm.write(f"{how}, batch {batch}: does not fit into the memory of this device")
+            continue
         tokens = unique_tokens(examples, batch, how in ("prefix", "trainer")) * speed
         row |= {
+            "date": time.strftime("%Y-%m-%d"),
             "examples_per_second": round(speed, 1),
             "ms_per_step": round(1000 * batch * gpus / speed, 1),
             "peak_gib": peak and round(peak, 1),
             "unique_tokens_per_second": round(tokens),
             "matrix_rate_share": round(4 * parameters * tokens / rate / gpus, 3),
+            **shares,
         }
-        if several:
-            alone, _ = speed_of(args, run_of(how, batch, gpus=1, zero=zero, accumulation=1))
-            reference = run_of("prefix", batch, gpus=1, zero=1, accumulation=gpus)
-            row |= {"linear_share": round(speed / alone / gpus, 3), **gaps(run, reference)}
-        results.append(row)
+        same = [old for old in results if tuple(map(old.get, MEASURED)) == tuple(map(row.get, MEASURED))]
+        results = [*(old for old in results if old not in same), row]
         tqdm.write(" | ".join(f"{key} {value}" for key, value in row.items()))
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

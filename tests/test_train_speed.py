@@ -5,6 +5,7 @@ python -m pytest tests/test_train_speed.py
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -19,11 +20,12 @@ import train_speed
 
 
 def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch, capsys):
-    """A row for one and a row for two, behind those of earlier runs; both runs have learnt what one process learns."""
+    """A row for one and a row for two, behind what was measured before; both runs have learnt what one process learns."""
     monkeypatch.setattr(train_speed, "RESULTS", tmp_path)
     lines = (ROOT / "data" / "demo" / "ori_data" / "train.txt").read_text(encoding="utf-8").splitlines()[:30]
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
-    earlier = [{"how": "peft", "batch": 3}, {"how": "prefix", "batch": 3, "gpus": 2, "zero": 1, "loss_gap": 1}]
+    again = {"how": "prefix", "shape": base_dir.name, "batch": 3, "gpus": 2, "zero": 1, "examples": 30}
+    earlier = [{"how": "peft", "batch": 3}, again | {"options": "--precision=fp32", "loss_gap": 1}]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     file = tmp_path / f"train_speed-{device.replace(' ', '_')}.json"
     file.write_text(json.dumps(earlier), encoding="utf-8")
@@ -41,7 +43,8 @@ def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch
     ratio = two["examples_per_second"] / one["examples_per_second"] / 2
     assert two["linear_share"] == pytest.approx(ratio, rel=0.01)
     assert two["loss_gap"] < 1e-4 and 0 < two["adapter_gap"] < 1e-3  # not the same run, but the same training
-    assert f"| prefix | 3 | 2 | 1 | {two['examples_per_second']} |" in capsys.readouterr().out
+    measured = f"| --precision=fp32 | {two['date']} | {two['examples_per_second']} |"
+    assert f"| prefix | {base_dir.name} | 3 | 2 | 1 | 30 {measured}" in capsys.readouterr().out
 
     work = tmp_path / "work"
     alone, run, reference = (work / f"prefix-3x{k}-gpus{n}-zero1" for k, n in ((1, 1), (1, 2), (2, 1)))
@@ -54,3 +57,11 @@ def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch
     save_file(weights, broken / "adapter_model" / "adapter_model.safetensors")
     with pytest.raises(UserError, match="broken/adapter_model: not the same tensors"):
         train_speed.gaps(broken, reference)
+
+
+@pytest.mark.parametrize(
+    "said, error", [("torch.OutOfMemoryError: CUDA out of memory", MemoryError), ("no", UserError)]
+)
+def test_what_does_not_fit_is_told_from_what_fails(said, error):
+    with pytest.raises(error):
+        train_speed.check_ran(subprocess.CompletedProcess([], 1, "", said), "prefix")
