@@ -51,6 +51,7 @@ deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub
 deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 python benchmarks/train_speed.py --gpus=2 --batch=64 --zero=1 --how=prefix,trainer --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
 deepspeed --hostfile=hostfile train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
+python benchmarks/train_speed.py --shape=7b --batch=12 --how=peft,liger,original,prefix,trainer --steps=25 --seconds=8 --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
 pip install gradio==6.31.0
 python web_ner.py
 """
