@@ -88,6 +88,7 @@ class TrainLoader:
         # one rank needs none: nobody waits for it
         self.sizes = added_tokens(examples, batch_size) if world_size > 1 else [0] * len(examples)
         self.epoch = self.skipped = 0
+        self.batches, self.ahead, self.thread = None, None, ThreadPoolExecutor(1)
         self.steps_per_epoch = -(-len(examples) // (batch_size * accumulation * world_size))
 
     def set_epoch(self, epoch):
@@ -113,13 +114,19 @@ class TrainLoader:
         return sorted(self.examples[i].line for rank in parts for part in rank for i in part)
 
     def __iter__(self):
-        """The rest of the epoch. A thread lays out the next batch while the device computes this one."""
-        batches = self._batches()
-        with ThreadPoolExecutor(1) as thread:
-            ahead = thread.submit(next, batches, None)
-            while (batch := ahead.result()) is not None:
-                ahead = thread.submit(next, batches, None)
-                yield batch
+        """The rest of the epoch."""
+        self.batches, self.ahead = self._batches(), None
+        while step := self.ahead.result() if self.ahead else self._take_step(self.batches):
+            self.ahead = None
+            yield from step
+
+    def lay_out_next(self):
+        """Let a thread lay out the next step's batches. To be called once the device has this one's forward to do:
+        Python runs one thread at a time, so any earlier the device would wait for both."""
+        self.ahead = self.ahead or self.thread.submit(self._take_step, self.batches)
+
+    def _take_step(self, batches):
+        return list(islice(batches, self.shape[1]))
 
     def _batches(self):
         steps = optimizer_steps(self.sizes, *self.shape, self.seed, self.epoch)

@@ -166,6 +166,7 @@ def main(args):
                 seed_step(args.seed, step, rank)
             # DeepSpeed averages gradients over ranks; the loss is a share of the step's mean over all ranks.
             loss = answer_loss(engine, **batch) * world_size
+            loader.lay_out_next()
             engine.backward(loss, scale_wrt_gas=False)
             loss_sum += loss.detach()
             at_step_end = engine.is_gradient_accumulation_boundary()

@@ -132,6 +132,7 @@ class AdapterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Replaced: loss over the answer tokens of the whole optimizer step. DeepSpeed averages it over ranks."""
         loss = answer_loss(model, **inputs) * self.args.world_size
+        self.loader.lay_out_next()
         self.losses.append(loss.detach())
         return loss
 

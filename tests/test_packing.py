@@ -150,6 +150,26 @@ def test_loader_goes_on_where_a_run_stopped():
     assert len(list(loader)) == 12
 
 
+def test_what_is_laid_out_ahead_is_what_comes():
+    """Asked for once, twice or at the epoch's end, and forgotten where an iteration is left for another."""
+    loader = TrainLoader([example(3, k % 4 + 1) for k in range(23)], 2, 2, make_collate("none", 0), 42)
+
+    def epoch(ahead):
+        rows = []
+        for batch in loader:
+            rows.append(batch["rows"][0]["input_ids"])
+            if len(rows) % 2 == 0:
+                [loader.lay_out_next() for _ in range(ahead)]
+        return rows
+
+    expected = epoch(0)
+    for ahead in (1, 2):
+        assert all(map(torch.equal, epoch(ahead), expected))
+    next(iter(loader))
+    loader.lay_out_next()
+    assert len(expected) == 12 and all(map(torch.equal, epoch(1), expected))
+
+
 def test_loader_counts_the_answer_tokens_of_the_whole_step():
     draw = random.Random(0)
     examples = [example(draw.randint(2, 6), draw.randint(1, 5)) for _ in range(23)]
