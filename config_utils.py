@@ -565,10 +565,10 @@ def _source(file):
     return ast.get_docstring(tree) or "", comments
 
 
-def _no_traceback_for_ctrl_c(kind, *error):
+def _no_traceback_for_ctrl_c(kind, *error, before=sys.excepthook):
     """Before run_script does: the libraries take seconds to import."""
     if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, *error)
+        before(kind, *error)
 
 
 sys.excepthook = _no_traceback_for_ctrl_c

@@ -114,7 +114,7 @@ class TrainLoader:
         return sorted(self.examples[i].line for rank in parts for part in rank for i in part)
 
     def __iter__(self):
-        """The rest of the epoch."""
+        """The rest of the epoch. One iteration at a time: another one ends this."""
         self.batches, self.ahead = self._batches(), None
         while step := self.ahead.result() if self.ahead else self._take_step(self.batches):
             self.ahead = None

@@ -64,7 +64,8 @@ def main(args):
         )
     labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
     out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
-    file = open_output(out / "predictions.jsonl", "give a copy of the adapter in another folder: --lora_model=…")
+    remedy = "give a copy of the adapter in another folder: --lora_model=…" if adapter else "make its folder writable"
+    file = open_output(out / "predictions.jsonl", remedy)
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )

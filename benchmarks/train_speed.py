@@ -11,7 +11,7 @@ of earlier runs stay until they are measured again, so the table can be filled o
 fit into memory is said and left out.
 
 --gpus: only our two trainers, on one GPU and on each of these numbers of one host, with the ZeRO stages --zero.
-linear_share is the speed over that of as many GPUs alone, in the same run. loss_gap
+alone is the speed of one, linear_share the speed over that of as many GPUs alone, in the same run. loss_gap
 and adapter_gap are against the raw loop on one GPU with ZeRO-1 and the same examples a step, by accumulation: the
 largest difference of a logged loss, and the norm of the lora_B's difference, both as a share. Without a GPU it
 rehearses with processes on the CPU; their speed then says nothing.
@@ -71,7 +71,7 @@ CONFIG = {
 OURS = ("none", "plain", "prefix", "trainer")
 MEASURED = ("how", "shape", "batch", "gpus", "zero", "examples", "options")  # what a row is of; examples: of the corpus
 COLUMNS = f"""{" ".join(MEASURED)} date examples_per_second ms_per_step peak_gib unique_tokens_per_second matrix_rate_share
-linear_share loss_gap adapter_gap""".split()
+alone linear_share loss_gap adapter_gap""".split()
 RESULTS = ROOT / "benchmarks" / "results"
 LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
 SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -311,11 +311,16 @@ def main(args):
         measured[key] = measured.get(key) or train(args, how, batch, model_dir, work, **layout)
         return measured[key]
 
+    def save():
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
     for batch, zero, how, gpus in tqdm(plan, desc="measuring", dynamic_ncols=True):
         if how == "liger" and not find_spec("liger_kernel"):
             continue
         ours = {"zero": zero, "options": args.options or None} if how in OURS else {}
         row = {"how": how, "shape": model_dir.name, "batch": batch, "gpus": gpus, "examples": len(examples), **ours}
+        results = [old for old in results if any(old.get(key) != row.get(key) for key in MEASURED)]
         shares = {}
         try:
             if how in OURS:
@@ -326,9 +331,13 @@ def main(args):
             if several:
                 alone, _ = speed_of(args, run_of(how, batch, gpus=1, zero=zero, accumulation=1))
                 reference = run_of("prefix", batch, gpus=1, zero=1, accumulation=gpus)
-                shares = {"linear_share": round(speed / alone / gpus, 3), **gaps(run, reference)}
+                share = round(speed / alone / gpus, 3)
+                shares = {"alone": round(alone, 1), "linear_share": share, **gaps(run, reference)}
         except MemoryError:
-            tqdm.write(f"{how}, batch {batch}: does not fit into the memory of this device")
+            tqdm.write(
+                f"{how}, batch {batch}: it or what it is compared with does not fit into the memory of this device"
+            )
+            save()
             continue
         tokens = unique_tokens(examples, batch, how in ("prefix", "trainer")) * speed
         row |= {
@@ -340,11 +349,9 @@ def main(args):
             "matrix_rate_share": round(4 * parameters * tokens / rate / gpus, 3),
             **shares,
         }
-        same = [old for old in results if tuple(map(old.get, MEASURED)) == tuple(map(row.get, MEASURED))]
-        results = [*(old for old in results if old not in same), row]
+        results.append(row)
         tqdm.write(" | ".join(f"{key} {value}" for key, value in row.items()))
-        out.parent.mkdir(exist_ok=True)
-        out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        save()
     columns = [key for key in COLUMNS if any(row.get(key) is not None for row in results)]
     print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for row in results:

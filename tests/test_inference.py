@@ -406,7 +406,16 @@ def test_the_default_base_is_the_trainers():
 
 def test_ctrl_c_while_the_libraries_load_is_no_traceback(tmp_path):
     command = [sys.executable, "-X", "importtime", str(ROOT / "test.py")]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        ),  # a shell's background job ignores it
+    ) as process:
         while "config_utils" not in (line := process.stderr.readline()):
             assert line
         process.send_signal(signal.SIGINT)

@@ -25,7 +25,7 @@ def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch
     lines = (ROOT / "data" / "demo" / "ori_data" / "train.txt").read_text(encoding="utf-8").splitlines()[:30]
     (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
     again = {"how": "prefix", "shape": base_dir.name, "batch": 3, "gpus": 2, "zero": 1, "examples": 30}
-    earlier = [{"how": "peft", "batch": 3}, again | {"options": "--precision=fp32", "loss_gap": 1}]
+    earlier = [again, again | {"options": "--precision=fp32", "loss_gap": 1}]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     file = tmp_path / f"train_speed-{device.replace(' ', '_')}.json"
     file.write_text(json.dumps(earlier), encoding="utf-8")
