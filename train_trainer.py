@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):
         """Extended: Trainer's train() and zero_grad() visit every module and parameter of a 7B with LoRA at every step."""
         if "train" not in vars(engine):
             set_mode, trained = engine.train, [p for p in engine.parameters() if p.requires_grad]
-            set_mode()  # once for all modules: below, the outermost speaks for them
+            # add_lora and evaluate_loss set all modules, so the outermost speaks for them
             engine.train = lambda mode=True: engine if engine.module.training == mode else set_mode(mode)
             engine.zero_grad = lambda: [setattr(parameter, "grad", None) for parameter in trained]  # no other has one
         return super().training_step(engine, *args, **kwargs)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -108,11 +109,11 @@ def base_dir(tmp_path_factory, tokenizer_models):
     return folder
 
 
-class LoraSettings:
+def lora_settings(gradient_checkpointing=False, lora_dropout=0.0):
     """What add_lora reads of a trainer's args."""
-
-    gradient_checkpointing, deepspeed = False, {}
-    seed, lora_r, lora_alpha, lora_dropout, lora_target_modules = 42, 4, 8, 0.0, ["q_proj", "o_proj", "down_proj"]
+    given = {"gradient_checkpointing": gradient_checkpointing, "lora_dropout": lora_dropout}
+    targets = ["q_proj", "o_proj", "down_proj"]
+    return SimpleNamespace(deepspeed={}, seed=42, lora_r=4, lora_alpha=8, lora_target_modules=targets, **given)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def lora_model(base_dir):
 
     from modeling import add_lora, load_base, lora_weights
 
-    model = add_lora(load_base(base_dir, torch.float32, "cpu"), LoraSettings)
+    model = add_lora(load_base(base_dir, torch.float32, "cpu"), lora_settings())
     torch.manual_seed(1)
     for name, weight in lora_weights(model, model.lora.data).items():
         if "lora_B" in name:

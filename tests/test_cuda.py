@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from conftest import LoraSettings
+from conftest import lora_settings
 from dataset import EOS, TokenizedExample
 from modeling import add_lora, answer_loss, bind_lora, load_base
 from packing import TrainLoader, make_collate
@@ -59,8 +59,7 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_a_step_that_captures_has_the_dropout_of_one_that_replays(base_dir, graphs):
-    settings = type("Settings", (LoraSettings,), {"lora_dropout": 0.5})
-    model = add_lora(load_base(base_dir, torch.float32, "cuda"), settings)
+    model = add_lora(load_base(base_dir, torch.float32, "cuda"), lora_settings(lora_dropout=0.5))
     loader = TrainLoader(examples(96, 0), 8, 1, make_collate("prefix", 0), seed=1)
     compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model))
 

@@ -25,9 +25,9 @@ import train_trainer
 from config_utils import UserError, load_config, parse_config
 from conftest import (
     ROOT,
-    LoraSettings,
     assert_same_adapter,
     assert_same_rows,
+    lora_settings,
     read_log,
     run_script,
     training_options,
@@ -86,7 +86,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base_dir, exa
     batch = next(iter(TrainLoader(examples, 12, 1, make_collate("prefix", 0), 42)))
 
     def train(checkpointing):
-        settings = type("Settings", (LoraSettings,), {"gradient_checkpointing": checkpointing})
+        settings = lora_settings(gradient_checkpointing=checkpointing)
         model, kept = add_lora(load_base(base_dir, torch.float32, "cpu"), settings), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
             loss = answer_loss(model, **batch)
@@ -383,7 +383,8 @@ def test_what_can_be_resumed(tmp_path):
         (["--learning_rate=1"], "--deepspeed_optimizer_params_lr"),
         (["--lora_target_modules=q_projj"], "--lora_target_modules=q_projj: "),
         pytest.param(
-            *(["--precision=fp16"], "fp16 needs a CUDA GPU; on a CPU use --precision=fp32"),
+            ["--precision=fp16"],
+            "fp16 needs a CUDA GPU; on a CPU use --precision=fp32",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
         (["--max_seq_length=8"], "no example fits into max_seq_length=8"),
