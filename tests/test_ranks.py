@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from conftest import ROOT, make_records, read_log, run_script, write_jsonl
 from run_files import complete_checkpoints, step_of
 
+# NCCL wants a GPU a rank; without any GPU it is gloo.
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs or none")
 RUNS = [("train_deepspeed", 1), ("train_trainer", 3)]
 if os.environ.get("STAGES"):
     RUNS = [(t, int(stage)) for t in ("train_deepspeed", "train_trainer") for stage in os.environ["STAGES"].split(",")]
@@ -104,6 +106,7 @@ def test_every_stage_is_one_run(folder, base_dir, alone, trainer, stage):
     assert_one_run(alone, run)
 
 
+@needs_two_gpus
 @pytest.mark.parametrize("trainer, stage", RUNS)
 def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
     """Losses, dev loss and adapter to 1e-4: also of the last step of an epoch, so each row is seen once. SIGTERM, to the
@@ -120,6 +123,7 @@ def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
     assert_one_run(alone, run)
 
 
+@needs_two_gpus
 def test_one_dying_rank_ends_the_run_with_its_message(folder, base_dir):
     script = folder / "dying.py"
     script.write_text(

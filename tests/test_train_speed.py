@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from config_utils import UserError, parse_config
 from conftest import ROOT
+from test_ranks import needs_two_gpus
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_speed
 
 
+@needs_two_gpus
 def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch, capsys):
     """A row for one and a row for two, behind what was measured before; both runs have learnt what one process learns."""
     monkeypatch.setattr(train_speed, "RESULTS", tmp_path)
