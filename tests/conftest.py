@@ -111,9 +111,15 @@ def base_dir(tmp_path_factory, tokenizer_models):
 
 def lora_settings(gradient_checkpointing=False, lora_dropout=0.0):
     """What add_lora reads of a trainer's args."""
-    given = {"gradient_checkpointing": gradient_checkpointing, "lora_dropout": lora_dropout}
-    targets = ["q_proj", "o_proj", "down_proj"]
-    return SimpleNamespace(deepspeed={}, seed=42, lora_r=4, lora_alpha=8, lora_target_modules=targets, **given)
+    return SimpleNamespace(
+        gradient_checkpointing=gradient_checkpointing,
+        deepspeed={},
+        seed=42,
+        lora_r=4,
+        lora_alpha=8,
+        lora_dropout=lora_dropout,
+        lora_target_modules=["q_proj", "o_proj", "down_proj"],
+    )
 
 
 @pytest.fixture
