@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import signal
-import socket
 import sys
 import warnings
 from contextlib import contextmanager
@@ -77,11 +76,9 @@ def init_distributed():
     import deepspeed  # here, not above: inference does without it, and it takes seconds to import
 
     if "RANK" not in os.environ:  # without the launcher; deepspeed would ask MPI for these
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in alone.items()})
+        # Port 0 is whichever is free when torch binds it. One looked for here could be another run's by then.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
     # DeepSpeed would compile its shared-memory collectives with c++ (36 s, or death where there is none); gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -77,6 +77,7 @@ def terminate(command, run, cwd, group):
         log = run / "train_log.jsonl"
         while process.poll() is None and not (log.exists() and log.read_bytes()):
             time.sleep(0.02)
+        assert process.poll() is None, process.communicate()[0]
         if group:
             os.killpg(process.pid, signal.SIGTERM)
         else:
