@@ -49,7 +49,7 @@ python test.py --data_name=qa --metric=exact
 python predict.py --data_name=qa --text=一周有几天？
 deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
-python benchmarks/train_speed.py --gpus=2 --batch=64 --zero=1 --how=prefix,trainer --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
+python benchmarks/train_speed.py --gpus=2,4 --batch=64,192 --zero=1 --how=prefix,trainer --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
 deepspeed --hostfile=hostfile train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
 python benchmarks/train_speed.py --shape=7b --batch=12 --how=peft,liger,original,prefix,trainer --steps=25 --seconds=8 --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
 pip install gradio==6.31.0
