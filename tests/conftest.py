@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -220,6 +221,13 @@ def run_forked(argv, cwd, env, stdin):
         code = int(forking().stdout.readline())
         out, err = (files[name].read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(argv, code, out, err)
+
+
+def free_port():
+    """A port for a process that must be told one. Another may take it before it is bound; nothing else is to be had."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def run_script(script, *options, cwd, launcher=None, check=True, env=None, stdin=""):

@@ -7,7 +7,6 @@ STAGES=0,1,2,3 python -m pytest tests/test_ranks.py         # every ZeRO stage i
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
@@ -16,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import ROOT, make_records, read_log, run_script, write_jsonl
+from conftest import ROOT, free_port, make_records, read_log, run_script, write_jsonl
 from run_files import complete_checkpoints, step_of
 
 # NCCL wants a GPU a rank; without any GPU it is gloo.
@@ -51,9 +50,7 @@ def options(base_dir, run):
 
 
 def two_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return [shutil.which("deepspeed"), "--num_accelerators=2", f"--master_port={free.getsockname()[1]}"]
+    return [shutil.which("deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}"]
 
 
 @pytest.fixture(scope="module")

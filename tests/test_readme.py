@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 
 import config_tables
 from config_utils import _source
+from conftest import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README_EN.md")
@@ -150,9 +150,7 @@ def names_of(readme):
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)))
 def test_block(copy, number):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        block = shortened(COMMANDS[number], free.getsockname()[1])
+    block = shortened(COMMANDS[number], free_port())
     with subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", block],
         cwd=copy,

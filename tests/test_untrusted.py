@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import modeling
 from config_tables import config_of
 from config_utils import ALIASES, Config, UserError, _options, load_config, parse_config
-from conftest import ROOT, make_records, run_script, write_jsonl
+from conftest import ROOT, free_port, make_records, run_script, write_jsonl
 from dataset import (
     EOS,
     PROMPT,
@@ -312,11 +312,3 @@ def test_paths_with_blanks_and_chinese_characters(tmp_path, base_dir):
     run_script("train_trainer.py", *options, cwd=folder, launcher=launcher)
     adapter = Path("结果 一") / "adapter_model"
     run_script("predict.py", f"--lora_model={adapter}", "--text=王明。", "--max_new_tokens=4", cwd=folder)
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]

@@ -28,6 +28,7 @@ sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 import web_ner  # noqa: E402
 from config_utils import UserError, load_config, parse_config  # noqa: E402
+from conftest import free_port  # noqa: E402
 from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example  # noqa: E402
 from generation import generate, make_grammar, predict_rows  # noqa: E402
 from modeling import load_for_inference  # noqa: E402
@@ -62,9 +63,7 @@ sys.addaudithook(watch)
 @contextmanager
 def serving(folder, *options, env=None):
     """The address of web_ner.py, run in a folder."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy"), "http://127.0.0.1:9")  # where nobody is
     command = [sys.executable, str(ROOT / "web_ner.py"), f"--port={port}", *options]
     address, said = f"http://127.0.0.1:{port}", []
@@ -315,8 +314,7 @@ def test_who_may_open_the_page(options, message):
 
 def test_an_address_that_is_allowed():
     check = lambda *options: web_ner.check_address(parse_config(web_ner.CONFIG, web_ner.__file__, options))  # noqa: E731
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = f"--port={free.getsockname()[1]}"
+    port = f"--port={free_port()}"
     assert check(port) is None and check(port, "--host=localhost") is None
     assert check(port, "--host=0.0.0.0", "--auth=me:a:b") == ("me", "a:b")
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use; name another port"):
