@@ -27,10 +27,9 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "model_hub"))
+from alpaca.weights.llama_layout import config_of, expected_shapes
+from alpaca.weights.model_writer import computed, progress, save_pth, specs_of, write_json
 from config_utils import UserError, run_script
-from llama_layout import config_of, expected_shapes
-from model_writer import computed, progress, save_pth, specs_of, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -17,14 +17,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
+from alpaca.weights.llama_files import read_base, read_meta  # noqa: E402
+from alpaca.weights.llama_layout import from_meta  # noqa: E402
 from config_utils import UserError  # noqa: E402
-from llama_files import read_base, read_meta  # noqa: E402
-from llama_layout import from_meta  # noqa: E402
 
 FORKING = f"""
 import json, os, signal, sys, time
 sys.path.insert(0, {str(HUB)!r})
-import merge_llama_with_chinese_lora as merge, model_writer
+import merge_llama_with_chinese_lora as merge
+from alpaca.weights import model_writer
 from config_utils import run_script
 model_writer.FILE_BYTES = 2_000_000
 

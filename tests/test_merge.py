@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 HUB, SHIPPED = ROOT / "model_hub", ROOT / "checkpoint/demo/shipped/adapter_model"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
-import llama_layout  # noqa: E402
 import merge_llama_with_chinese_lora as merge  # noqa: E402
-from checksums import PUBLISHED  # noqa: E402
+from alpaca.weights import llama_layout  # noqa: E402
+from alpaca.weights.checksums import PUBLISHED  # noqa: E402
 from config_utils import run_script  # noqa: E402
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]

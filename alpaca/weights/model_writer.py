@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from alpaca.weights.llama_layout import meta_names, params_of, to_meta
 from config_utils import UserError
 from dataset import BOS, EOS, load_tokenizer, save_tokenizer
-from llama_layout import meta_names, params_of, to_meta
 
 FILE_BYTES = 4 * 10**9  # of one safetensors file
 FORMATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

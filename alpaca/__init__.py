@@ -1,0 +1,1 @@
+"""What the commands share, a room for each kind of subject: docs/ARCHITECTURE.md."""
