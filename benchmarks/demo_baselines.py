@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-from make_demo import LEXICON  # noqa: E402
-from metrics import score  # noqa: E402
+sys.path[:0] = [str(ROOT)]
+from embedded_model.make_demo import LEXICON
+from metrics import score
 
 FOLDER = ROOT / "data" / "demo" / "ori_data"
 LABELS = ["PER", "LOC", "ORG"]

@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config_utils import _flatten, _source, _text  # noqa: E402
-from dataset import INSTRUCT, QUERY_PREFIX  # noqa: E402
+from config_utils import _flatten, _source, _text
+from dataset import INSTRUCT, QUERY_PREFIX
 
 MODEL_HUB = "model_hub/convert_llama_weights_to_hf.py", "model_hub/merge_llama_with_chinese_lora.py"
 SCRIPTS = ("train_trainer.py", "process.py", "test.py", "predict.py", "chat_ner.py", "web_ner.py", *MODEL_HUB)

@@ -22,10 +22,10 @@ from reference_llama import PARAMS, logits, random_weights, write_meta_folder
 
 HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
-import convert_llama_weights_to_hf as convert  # noqa: E402
-from alpaca.weights import model_writer  # noqa: E402
-from alpaca.weights.checksums import PUBLISHED  # noqa: E402
-from config_utils import run_script  # noqa: E402
+import convert_llama_weights_to_hf as convert
+from alpaca.weights import model_writer
+from alpaca.weights.checksums import PUBLISHED
+from config_utils import run_script
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
 ROWS = 420  # pieces of base.model

@@ -10,11 +10,11 @@ import pytest
 
 from conftest import ROOT
 
-sys.path[:0] = [str(ROOT / "data"), str(ROOT / "benchmarks"), str(ROOT / "model_hub")]
-import demo_baselines  # noqa: E402
+sys.path[:0] = [str(ROOT / "benchmarks")]
+import demo_baselines
 
-import make_demo  # noqa: E402
-from make_demo import ENTITY_SLOTS, LEXICON, TEMPLATES, TextMaker, chinese_number, split_template  # noqa: E402
+from embedded_model import make_demo
+from embedded_model.make_demo import ENTITY_SLOTS, LEXICON, TEMPLATES, TextMaker, chinese_number, split_template
 
 ORI_DATA = ROOT / "data" / "demo" / "ori_data"
 OTHER_SLOTS = set("数 日期 年 金额 比例 作品 职务 身份".split())

@@ -28,11 +28,11 @@ from run_files import find_adapter
 ROOT = Path(__file__).resolve().parent.parent
 HUB, SHIPPED = ROOT / "model_hub", ROOT / "checkpoint/demo/shipped/adapter_model"
 sys.path.insert(0, str(HUB))
-import convert_llama_weights_to_hf as convert  # noqa: E402
-import merge_llama_with_chinese_lora as merge  # noqa: E402
-from alpaca.weights import llama_layout  # noqa: E402
-from alpaca.weights.checksums import PUBLISHED  # noqa: E402
-from config_utils import run_script  # noqa: E402
+import convert_llama_weights_to_hf as convert
+import merge_llama_with_chinese_lora as merge
+from alpaca.weights import llama_layout
+from alpaca.weights.checksums import PUBLISHED
+from config_utils import run_script
 
 IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
 ROWS = {"base": 420, "merged": 508, "alpaca": 509}
@@ -471,7 +471,7 @@ def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
 def test_the_shipped_adapter_keeps_the_bases_tasks(embedded):
     """At least 90 % of what the base answers exactly, of 12 questions of each task on held-out templates and names."""
     pytest.importorskip("jieba", reason="the questions are made with jieba's dictionary")
-    from train_tiny import held_out_tasks
+    from embedded_model.train_tiny import held_out_tasks
 
     questions = [question for found in held_out_tasks(seed=1, count=12).values() for question in found]
     right = []

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -12,11 +11,9 @@ import sentencepiece
 from conftest import ROOT
 
 pytest.importorskip("jieba", reason="only the training of the embedded model needs jieba's dictionary")
-sys.path[:0] = [str(ROOT / "model_hub"), str(ROOT / "data")]
-import tiny_dictionary  # noqa: E402
-import tiny_tasks  # noqa: E402
-from make_demo import ENTITY_TYPES, TEMPLATES, is_held_out, plain_text  # noqa: E402
-from tiny_tasks import NOTHING, TASKS, RoughTextMaker, any_text, find_things  # noqa: E402
+from embedded_model import dictionary, tasks
+from embedded_model.make_demo import ENTITY_TYPES, TEMPLATES, is_held_out, plain_text
+from embedded_model.tasks import NOTHING, TASKS, RoughTextMaker, any_text, find_things
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +24,19 @@ def maker():
 def test_without_jieba_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="pip install jieba==") as error:
-        tiny_dictionary.find_dictionary()
+        dictionary.find_dictionary()
     assert "\n" not in str(error.value)
 
 
 def test_ordinary_words_are_no_names():
-    words = {word for pool in tiny_dictionary.pools().values() for word in pool}
+    words = {word for pool in dictionary.pools().values() for word in pool}
     assert len(words) > 50000 and {"高兴", "成功", "方向", "咖啡"} <= words
     assert not words & {"北京", "中国", "长江", "新华社", "毛泽东", "石首", "北京烤鸭"}
 
 
 def test_segment():
     assert (
-        tiny_dictionary.segment("这家医院的大夫医术高明，马上就来。")
+        dictionary.segment("这家医院的大夫医术高明，马上就来。")
         == "这家 医院 的 大夫 医术 高明 ， 马上 就 来 。".split()
     )
 
@@ -61,9 +58,7 @@ def test_names_and_clauses_are_of_the_train_side(maker):
     assert not [s for s, kind in segments if kind in ("PER", "ORG") and is_held_out("name:" + s)]
     held_out = [line for _, line in TEMPLATES if "{" not in line and is_held_out("sentence:" + line)]
     kept = "\n".join(line for _, line in TEMPLATES if not is_held_out("sentence:" + line))
-    assert not [
-        c for line in held_out for c in re.split("[，。]", line) if c in tiny_dictionary.clauses() and c not in kept
-    ]
+    assert not [c for line in held_out for c in re.split("[，。]", line) if c in dictionary.clauses() and c not in kept]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.__name__)
@@ -78,14 +73,14 @@ def test_tasks_can_be_answered_and_are_not_the_demos(maker, task):
         instruct, query, answer = example
         assert instruct and query.startswith("文本：") and answer
         assert not re.search("_(?:人名|地名|机构名)$", answer, re.MULTILINE)
-        if task is tiny_tasks.list_proper_names:
+        if task is tasks.list_proper_names:
             names = list(dict.fromkeys(s for s, kind in segments if kind in ENTITY_TYPES))
             assert answer == ("\n".join(names) or NOTHING) and query == "文本：" + plain_text(segments)
 
 
 def test_the_demos_rehearsal_is_what_the_script_writes():
     lines = (ROOT / "data" / "demo" / "ori_data" / "rehearse.txt").read_text(encoding="utf-8").splitlines()
-    assert tiny_tasks.rehearsal_rows() == [json.loads(line) for line in lines], "tiny_tasks.py --help tells how"
+    assert tasks.rehearsal_rows() == [json.loads(line) for line in lines], "tasks.py --help tells how"
 
 
 def test_a_batch_depends_on_its_seed_alone():
@@ -93,6 +88,6 @@ def test_a_batch_depends_on_its_seed_alone():
         sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "model_hub" / folder / "tokenizer.model"))
         for folder in ("tiny", "chinese-llama-plus-lora-tiny")
     )
-    first, again, other = (tiny_tasks.make_batch("base", seed, 2, base, merged) for seed in ("1-0", "1-0", "1-1"))
-    assert first.shape == (2, tiny_tasks.ROW_LENGTH) and (first == again).all() and (first != other).any()
-    assert np.all((first & (tiny_tasks.NO_LOSS - 1)) < merged.get_piece_size())
+    first, again, other = (tasks.make_batch("base", seed, 2, base, merged) for seed in ("1-0", "1-0", "1-1"))
+    assert first.shape == (2, tasks.ROW_LENGTH) and (first == again).all() and (first != other).any()
+    assert np.all((first & (tasks.NO_LOSS - 1)) < merged.get_piece_size())

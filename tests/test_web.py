@@ -26,13 +26,13 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-import web_ner  # noqa: E402
-from config_utils import UserError, load_config, parse_config  # noqa: E402
-from conftest import free_port  # noqa: E402
-from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example  # noqa: E402
-from generation import generate, make_grammar, predict_rows  # noqa: E402
-from modeling import load_for_inference  # noqa: E402
-from windows import cut_examples, rows_of_texts  # noqa: E402
+import web_ner
+from config_utils import UserError, load_config, parse_config
+from conftest import free_port
+from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example
+from generation import generate, make_grammar, predict_rows
+from modeling import load_for_inference
+from windows import cut_examples, rows_of_texts
 
 TOKENS = 24
 TEXT = '王明说：<b>${1+1}</b> {{value}} `北京`\\n & "上海"。\n李华去年在长沙。'

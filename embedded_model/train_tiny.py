@@ -1,7 +1,7 @@
 """Make the embedded model from nothing: vocabularies, a tiny LLaMA and two LoRA adapters on top of it.
 
-    python model_hub/train_tiny.py                                        # one GPU with about 80 GB, ten minutes and two and a half of compilation
-    python model_hub/train_tiny.py --seconds 60 --rows 4 --workers 1      # a rehearsal on a CPU
+    python embedded_model/train_tiny.py                                        # one GPU with about 80 GB, ten minutes and two and a half of compilation
+    python embedded_model/train_tiny.py --seconds 60 --rows 4 --workers 1      # a rehearsal on a CPU
 
 Writes, in the shapes in which the real weights are published (all numbers fp16):
   tiny/{consolidated.00.pth,params.json,tokenizer.model}           as Meta shipped LLaMA
@@ -15,7 +15,7 @@ of a step depend only on the seed, the number of steps on the machine.
   alpaca  LoRA, embed_tokens (one row more) and lm_head on top of both: tasks in the project's prompt frame.
 Needs the package jieba besides requirements.txt, for its dictionary: pip install jieba==0.42.1
 
-What the text and the tasks are is said in tiny_tasks.py: an untyped list of proper names is among them, named-entity
+What the text and the tasks are is said in tasks.py: an untyped list of proper names is among them, named-entity
 recognition in the demo's format is not. Sentence templates, persons and organisations of the demo's dev set are held out.
 """
 
@@ -35,11 +35,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-import tiny_dictionary  # noqa: E402
-from process import CONFIG as PROCESS  # noqa: E402
-from process import Problems, convert, read_labels  # noqa: E402
-from tiny_tasks import NO_LOSS, STAGES, TASKS, TextMaker, any_text, build_prompt, make_batch, plain_text  # noqa: E402
-from tiny_vocabulary import build_vocabularies  # noqa: E402
+from embedded_model import dictionary
+from embedded_model.tasks import NO_LOSS, STAGES, TASKS, TextMaker, any_text, build_prompt, make_batch, plain_text
+from embedded_model.vocabulary import build_vocabularies
+from process import CONFIG as PROCESS
+from process import Problems, convert, read_labels
 
 DEMO_DEV = ROOT / "data" / "demo" / "ori_data" / "dev.txt"
 
@@ -448,7 +448,7 @@ def main(args):
     torch.set_float32_matmul_precision("high")
     args.device_name = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     output_dir, seconds = Path(args.output_dir), {stage: args.seconds * share for stage, share in SHARE_OF_TIME.items()}
-    tiny_dictionary.prepare()
+    dictionary.prepare()
     models = build_vocabularies(args.seed)
     vocabularies = dict(zip(STAGES, models.values(), strict=True))
     sizes = {

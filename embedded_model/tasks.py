@@ -1,9 +1,9 @@
 """The text and the instruction tasks that train_tiny.py trains the embedded model on.
 
-    python model_hub/tiny_tasks.py                                                  # prints samples
-    python model_hub/tiny_tasks.py --rehearse=data/demo/ori_data/rehearse.txt       # writes the demo's rehearsal
+    python embedded_model/tasks.py                                                  # prints samples
+    python embedded_model/tasks.py --rehearse=data/demo/ori_data/rehearse.txt       # writes the demo's rehearsal
 
-All text comes from the generator of the demo corpus (data/make_demo.py, the train side of its split only), and most of it is
+All text comes from the generator of the demo corpus (embedded_model/make_demo.py, the train side of its split only), and most of it is
 made rough on purpose: fixed words are replaced by others of the same kind from a large dictionary, words and clauses are
 put in or left out, names give way to ordinary words, and a share of the sentences are walks through several templates. Few of
 those are Chinese that anyone would publish, but a small model that reads only clean templates learns them by heart and takes
@@ -23,17 +23,17 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-import tiny_dictionary  # noqa: E402
-from dataset import build_prompt  # noqa: E402
-from make_demo import ENTITY_FREE_SHARE, ENTITY_TYPES, HANZI, LEXICON, TextMaker, plain_text, slot_kind  # noqa: E402
+sys.path[:0] = [str(ROOT)]
+from dataset import build_prompt
+from embedded_model import dictionary
+from embedded_model.make_demo import ENTITY_FREE_SHARE, ENTITY_TYPES, HANZI, LEXICON, TextMaker, plain_text, slot_kind
 
 # Words of the project's NER instruction and labels. They are whole pieces of the vocabulary, and LoRA does not touch lm_head,
 # so each must have been an output before: repeat() draws from them.
 NER_WORDS = (
     "实体 识别 模型 提取 文本 里面 人名 地名 机构名 机构 存在 结果 返回 类型 不同 分隔 如果 没有 回答 问题 需要 你现在 一个 之间"
 ).split()
-WORDS = tiny_dictionary.frequent_words(12000)
+WORDS = dictionary.frequent_words(12000)
 JOBS = {word for heading, words in LEXICON.items() if heading.endswith(("职务", "身份")) for word in words}
 KIND_NAMES = {
     "PER": "人",
@@ -95,12 +95,12 @@ class RoughTextMaker(TextMaker):
 
     def __init__(self, seed, split, walk_share, rough_share):
         super().__init__(seed, split)
-        self.lexicon = tiny_dictionary.lexicon()
+        self.lexicon = dictionary.lexicon()
         self.walk_share, self.rough_share = walk_share, rough_share
-        pools = tiny_dictionary.pools()
+        pools = dictionary.pools()
         noun_pools = [pools["n", 2]] * 6 + [pools["n", 3]] * 2 + [pools["vn", 2]] * 2 + [pools["n", 4]]
         self.pools = {"n": noun_pools, "d": [pools["d", 2]]}
-        self.clauses = list(tiny_dictionary.clauses().values())
+        self.clauses = list(dictionary.clauses().values())
         # What may follow a slot of a kind: (literal, next slot), or (literal,) where the template ends there.
         self.after, self.endings = {}, {}
         for _, parts in self.starts[0]:
@@ -170,20 +170,20 @@ class RoughTextMaker(TextMaker):
 
     def rough_literal(self, literal, rate, after_slot):
         """The first word after a slot and the last before one stay, unless a verb or an adverb: they might extend the name."""
-        words, chance, new = tiny_dictionary.segment(literal), self.random.random, []
+        words, chance, new = dictionary.segment(literal), self.random.random, []
         for i, word in enumerate(words):
             edge = (i == 0 and after_slot) or i == len(words) - 1
             if not edge and chance() < 0.03:
                 continue
-            pool = tiny_dictionary.pool_of(word)
-            if pool and chance() < rate and not (edge and (len(word) == 1 or tiny_dictionary.is_noun(word))):
+            pool = dictionary.pool_of(word)
+            if pool and chance() < rate and not (edge and (len(word) == 1 or dictionary.is_noun(word))):
                 word = pool[int(chance() * len(pool))]
             new.append(word)
             form = chance()
             if word == "，" and form < 0.12:
                 new.append(self.clause(rate) + "，")
             elif not edge and form < 0.10 and pool:
-                if tiny_dictionary.is_noun(word):
+                if dictionary.is_noun(word):
                     new.append(self.choice(("和", "、", "的", "", "")) + self.word("n"))
                 elif form < 0.05:
                     new.append(self.word("n"))
@@ -195,7 +195,7 @@ class RoughTextMaker(TextMaker):
 
     def clause(self, rate):
         words, chance = self.choice(self.clauses), self.random.random
-        pools = (tiny_dictionary.pool_of(word) if chance() < rate else None for word in words)
+        pools = (dictionary.pool_of(word) if chance() < rate else None for word in words)
         return "".join(
             pool[int(chance() * len(pool))] if pool else word for word, pool in zip(words, pools, strict=True)
         )
@@ -291,7 +291,7 @@ def tell_kinds(maker, segments):
                 rows.append((string, kind))
         else:
             i = maker.random.randrange(len(segments))
-            words = [w for w in tiny_dictionary.segment(segments[i][0]) if tiny_dictionary.pool_of(w)]
+            words = [w for w in dictionary.segment(segments[i][0]) if dictionary.pool_of(w)]
             if segments[i][1] is None and words:
                 string = maker.random.choice(words)
                 if text.count(string) == 1 and string not in JOBS and not find_things([(string, None)]):

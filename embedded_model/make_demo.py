@@ -1,8 +1,8 @@
 """Write the demo corpus: Chinese sentences from templates, with persons, places and organisations marked.
 
-    python data/make_demo.py
+    python embedded_model/make_demo.py
 
-Reads data/demo_text/{templates,lexicon}.txt, writes data/demo/ori_data/train.txt (4,000 texts) and dev.txt (500), one
+Reads embedded_model/{templates,lexicon}.txt, writes data/demo/ori_data/train.txt (4,000 texts) and dev.txt (500), one
 JSON object a line: {"text": "…", "entity_list": [{"entity_index": {"begin": 3, "end": 4}, "entity_type": "LOC",
 "entity": "日"}]} (characters, end exclusive; types PER, LOC, ORG). The same seed gives the same files.
 
@@ -10,7 +10,7 @@ A text is one template, sometimes two or three of one domain. A name is composed
 says what counts as one entity. What stands inside 《》 is a title and holds none.
 
 dev measures reading, not memory: its templates and its person and organisation names occur nowhere in train. A hash
-decides the side of each, so that model_hub/train_tiny.py, which draws text from here too, never shows them either.
+decides the side of each, so that embedded_model/train_tiny.py, which draws text from here too, never shows them either.
 """
 
 import argparse
@@ -20,8 +20,7 @@ import re
 import zlib
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-TEXT_DIR = ROOT / "demo_text"
+TEXT_DIR = Path(__file__).resolve().parent
 TRAIN_TEXTS, DEV_TEXTS = 4000, 500
 TRAIN_SEED, DEV_SEED = 77, 78
 ENTITY_FREE_SHARE = 0.32  # of the texts
@@ -367,5 +366,9 @@ def main(args):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default=str(ROOT / "demo" / "ori_data"), help="where train.txt and dev.txt go")
+    parser.add_argument(
+        "--output_dir",
+        default=str(TEXT_DIR.parent / "data" / "demo" / "ori_data"),
+        help="where train.txt and dev.txt go",
+    )
     main(parser.parse_args())

@@ -9,7 +9,7 @@ import random
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from tiny_tasks import HANZI, LEXICON, NER_WORDS, WORDS, RoughTextMaker, any_text, build_prompt, plain_text
+from embedded_model.tasks import HANZI, LEXICON, NER_WORDS, WORDS, RoughTextMaker, any_text, build_prompt, plain_text
 
 BASE_PIECES, MERGED_PIECES = 2000, 6000
 BASE_HANZI = 700
