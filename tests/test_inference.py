@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import chat_ner
-import metrics
+from alpaca.scoring import metrics
 from config_utils import UserError
 from conftest import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples

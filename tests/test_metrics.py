@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from metrics import PROBLEMS, confusion, errors, exact, precision_recall, score, suspects, table
-from report import marked, write_report
+from alpaca.scoring.metrics import PROBLEMS, confusion, errors, exact, precision_recall, score, suspects, table
+from alpaca.scoring.report import marked, write_report
 
 LABELS = ["人名", "地名", "机构名"]
 

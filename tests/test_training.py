@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import modeling
 import run_files
 import train_trainer
+from alpaca.scoring.metrics import score
 from config_utils import UserError, load_config, parse_config
 from conftest import (
     ROOT,
@@ -36,7 +37,6 @@ from conftest import (
 from constraint import AnswerGrammar
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
 from generation import evaluate_f1, predict_rows
-from metrics import score
 from modeling import (
     add_lora,
     answer_loss,

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from html import escape
 
-from metrics import KINDS, PROBLEMS, VIEWS, confusion, errors, precision_recall, suspects
+from alpaca.scoring.metrics import KINDS, PROBLEMS, VIEWS, confusion, errors, precision_recall, suspects
 
 SHOWN = 200  # errors of one kind, and suspects, that are listed; the rest is only counted
 
