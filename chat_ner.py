@@ -17,8 +17,8 @@ from config_utils import UserError, run_script  # before the libraries: it refus
 # isort: split
 import torch
 
+from alpaca.answering.generate import make_grammar, sampler, stream, without_template
 from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
-from generation import make_grammar, sampler, stream, without_template
 from modeling import check_generation, load_for_inference, progress, say
 from run_files import find_adapter, open_output
 

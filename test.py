@@ -15,11 +15,11 @@ answers are generated freely, greedily, for every row; with an adapter for NER, 
 import json
 from pathlib import Path
 
+from alpaca.answering.generate import make_grammar, predict_rows
 from alpaca.scoring.metrics import exact, percents, score, table
 from alpaca.scoring.report import write_report
 from config_utils import UserError, run_script
 from dataset import is_ner, labels_of, locate, parse_answer, read_examples, without_rehearsal
-from generation import make_grammar, predict_rows
 from modeling import check_generation, load_for_inference, say
 from run_files import find_adapter, open_output
 

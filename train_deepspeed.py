@@ -17,9 +17,9 @@ from config_utils import run_script  # before the libraries: it refuses versions
 # isort: split
 import torch.distributed as dist
 
+from alpaca.answering.generate import evaluate_f1
 from audit import load_audited_data
 from dataset import load_tokenizer
-from generation import evaluate_f1
 from modeling import (
     DTYPES,
     add_lora,

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from alpaca.answering.generate import evaluate_f1
 from audit import load_audited_data
 from dataset import load_tokenizer
-from generation import evaluate_f1
 from modeling import (
     DTYPES,
     add_lora,

@@ -22,12 +22,12 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
+from alpaca.answering.generate import make_grammar, predict_rows, stream, without_template
+from alpaca.answering.windows import cut_examples, rows_of_texts
 from config_utils import UserError, load_config, run_script
 from dataset import SURROGATE, build_prompt, encode_prompts, read_texts, task_of, to_example
-from generation import make_grammar, predict_rows, stream, without_template
 from modeling import attach_adapter, check_fit, check_generation, load_for_inference, say
 from run_files import find_adapter
-from windows import cut_examples, rows_of_texts
 
 CONFIG = {
     "data_name": "demo",  # folder under checkpoint/: the adapter chosen at first

@@ -8,7 +8,7 @@
 there every answer is forced to be the right one: the same lengths, and the same masks, as a good model's.
 
 how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
-left, similar lengths together), ours (generation.py without a constraint), constrained (with it). LoRA is merged for
+left, similar lengths together), ours (generate.py without a constraint), constrained (with it). LoRA is merged for
 all. Prints a table and writes benchmarks/results/generate_speed-<device>-<precision>.json, a list of {"how", "batch",
 "examples", "examples_per_second", "ms_per_step", "same_answers", "constraint_share", "bandwidth_share", "peak_gib"}.
 
@@ -27,8 +27,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import constraint
-import generation
+from alpaca.answering import generate as generation
+from alpaca.answering import grammar as constraint
 from config_utils import UserError, run_script
 from dataset import (
     EOS,
@@ -144,7 +144,7 @@ class ForcedRow(generation.Row):
 
 @contextmanager
 def watched(forced, examples, tokenizer):
-    """Count what generation.py does meanwhile: {"steps", "tokens_read" from the cache, "constraint": seconds}."""
+    """Count what generate.py does meanwhile: {"steps", "tokens_read" from the cache, "constraint": seconds}."""
     counts = {"steps": 0, "tokens_read": 0, "constraint": 0.0}
     originals = [(generation.Batch, "_read"), (generation, "Row"), (generation, "forbid")]
     originals += [(constraint.AnswerGrammar, name) for name in ("matchers", "masks")]

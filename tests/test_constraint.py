@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
+from alpaca.answering.generate import Row, make_grammar
+from alpaca.answering.grammar import AnswerGrammar, forbid
 from config_utils import UserError
-from constraint import AnswerGrammar, forbid
 from dataset import EOS, format_answer, load_tokenizer, parse_answer
-from generation import Row, make_grammar
 from process import CONFIG, Problems, convert, read_labels
 
 LABELS = ["人", "人名", "x"]  # one begins like another

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import generation
+from alpaca.answering import generate as generation
+from alpaca.answering.generate import Batch, Row, common_prefix, generate, sampler, stream, without_template
+from alpaca.answering.grammar import AnswerGrammar
 from conftest import INSTRUCTION, make_records
-from constraint import AnswerGrammar
 from dataset import EOS, build_prompt, encode_prompts, load_tokenizer
-from generation import Batch, Row, common_prefix, generate, sampler, stream, without_template
 
 LABELS = ["人名", "地名"]
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from alpaca.answering.generate import generate
 from dataset import QUERY_PREFIX, build_prompt, encode_prompts
-from generation import generate
 from modeling import load_for_inference
 from reference_llama import CUT, feed_forward_width, logits
 from run_files import find_adapter

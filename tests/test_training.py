@@ -22,6 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import modeling
 import run_files
 import train_trainer
+from alpaca.answering.generate import evaluate_f1, predict_rows
+from alpaca.answering.grammar import AnswerGrammar
 from alpaca.scoring.metrics import score
 from config_utils import UserError, load_config, parse_config
 from conftest import (
@@ -34,9 +36,7 @@ from conftest import (
     training_options,
     write_jsonl,
 )
-from constraint import AnswerGrammar
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
-from generation import evaluate_f1, predict_rows
 from modeling import (
     add_lora,
     answer_loss,

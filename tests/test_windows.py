@@ -4,8 +4,8 @@ import random
 import time
 from types import SimpleNamespace
 
+from alpaca.answering.windows import cut, cut_examples, join_rows
 from dataset import load_tokenizer, to_example
-from windows import cut, cut_examples, join_rows
 
 
 def in_characters(limit):

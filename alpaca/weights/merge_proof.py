@@ -7,11 +7,11 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alpaca.answering.generate import generate
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import EMBEDDING, from_meta
 from config_utils import UserError
 from dataset import INSTRUCT, build_prompt, encode_prompts, load_tokenizer
-from generation import generate
 from modeling import load_base
 
 QUERIES = ("文本：记者苏晓岚从昆明报道。", "文本：程立群在苏州大学教书。", "文本：天气渐渐凉了。")

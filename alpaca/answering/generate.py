@@ -16,9 +16,9 @@ import torch.distributed as dist
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from alpaca.answering.grammar import AnswerGrammar, checked, forbid
 from alpaca.scoring.metrics import score
 from config_utils import UserError
-from constraint import AnswerGrammar, checked, forbid
 from dataset import BOS, EOS, NO_ENTITY, PROMPT, UNK, build_prompt, encode_prompts, gold_entities, locate, parse_answer
 from modeling import merged_lora, progress
 
