@@ -18,9 +18,9 @@ from config_utils import UserError, run_script  # before the libraries: it refus
 import torch
 
 from alpaca.answering.generate import make_grammar, sampler, stream, without_template
+from alpaca.training.checkpoints import find_adapter, open_output
+from alpaca.training.lora import check_generation, load_for_inference, progress, say
 from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
-from modeling import check_generation, load_for_inference, progress, say
-from run_files import find_adapter, open_output
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401  arrow keys and history in input()

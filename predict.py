@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from alpaca.answering.generate import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
+from alpaca.training.checkpoints import find_adapter, open_output
+from alpaca.training.lora import check_generation, load_for_inference, progress, say
 from config_utils import UserError, run_script
 from dataset import SURROGATE, read_texts, task_of, to_example
-from modeling import check_generation, load_for_inference, progress, say
-from run_files import find_adapter, open_output
 
 CONFIG = {
     "data_name": "demo",  # folder under checkpoint/

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from audit import audit
+from alpaca.training.audit import audit
 from config_utils import UserError, run_script
 from dataset import INSTRUCT, QUERY_PREFIX, TOTAL, format_answer, load_tokenizer, read_jsonl, read_lines
 

@@ -18,9 +18,19 @@ from config_utils import run_script  # before the libraries: it refuses versions
 import torch.distributed as dist
 
 from alpaca.answering.generate import evaluate_f1
-from audit import load_audited_data
-from dataset import load_tokenizer
-from modeling import (
+from alpaca.training.audit import load_audited_data
+from alpaca.training.checkpoints import (
+    BestScore,
+    TrainLog,
+    check_resumed,
+    checkpoint,
+    checkpoint_to_resume,
+    run_facts,
+    save_adapter,
+    start_run,
+    training_facts,
+)
+from alpaca.training.lora import (
     DTYPES,
     add_lora,
     answer_loss,
@@ -38,18 +48,8 @@ from modeling import (
     say,
     seed_step,
 )
-from packing import TrainLoader, eval_batches, make_collate
-from run_files import (
-    BestScore,
-    TrainLog,
-    check_resumed,
-    checkpoint,
-    checkpoint_to_resume,
-    run_facts,
-    save_adapter,
-    start_run,
-    training_facts,
-)
+from alpaca.training.prefix_tree import TrainLoader, eval_batches, make_collate
+from dataset import load_tokenizer
 
 CONFIG = {
     # data and model
@@ -98,7 +98,7 @@ CONFIG = {
 
 
 def main(args):
-    import deepspeed  # takes seconds, and modeling has told it the accelerator
+    import deepspeed  # takes seconds, and alpaca.training.lora has told it the accelerator
 
     data_dir = Path("data") / args.data_name / "instruct_data"
     train_path, dev_path = args.train_path or data_dir / "train.txt", args.dev_path or data_dir / "dev.txt"

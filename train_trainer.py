@@ -20,9 +20,20 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from alpaca.answering.generate import evaluate_f1
-from audit import load_audited_data
-from dataset import load_tokenizer
-from modeling import (
+from alpaca.training.audit import load_audited_data
+from alpaca.training.checkpoints import (
+    BestScore,
+    TrainLog,
+    check_resumed,
+    checkpoint,
+    checkpoint_to_resume,
+    run_facts,
+    save_adapter,
+    start_run,
+    step_of,
+    training_facts,
+)
+from alpaca.training.lora import (
     DTYPES,
     add_lora,
     answer_loss,
@@ -40,19 +51,8 @@ from modeling import (
     say,
     seed_step,
 )
-from packing import TrainLoader, eval_batches, make_collate
-from run_files import (
-    BestScore,
-    TrainLog,
-    check_resumed,
-    checkpoint,
-    checkpoint_to_resume,
-    run_facts,
-    save_adapter,
-    start_run,
-    step_of,
-    training_facts,
-)
+from alpaca.training.prefix_tree import TrainLoader, eval_batches, make_collate
+from dataset import load_tokenizer
 
 CONFIG = {
     # data and model

@@ -29,6 +29,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.answering import generate as generation
 from alpaca.answering import grammar as constraint
+from alpaca.training.checkpoints import find_adapter
+from alpaca.training.lora import DTYPES, load_for_inference, pick_precision, say
 from config_utils import UserError, run_script
 from dataset import (
     EOS,
@@ -41,8 +43,6 @@ from dataset import (
     read_jsonl,
     save_tokenizer,
 )
-from modeling import DTYPES, load_for_inference, pick_precision, say
-from run_files import find_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -26,10 +26,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from alpaca.training.checkpoints import _adapter_or_old, complete_checkpoints
+from alpaca.training.lora import _adapter_shapes
 from config_utils import run_script
 from conftest import make_records, read_log, write_jsonl
-from modeling import _adapter_shapes
-from run_files import _adapter_or_old, complete_checkpoints
 
 CONFIG = {
     "trainers": ["train_deepspeed", "train_trainer"],  # whose runs are killed

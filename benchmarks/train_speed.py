@@ -39,6 +39,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.training.lora import DTYPES, init_distributed, load_base, pick_precision
+from alpaca.training.prefix_tree import pad_batch, tree_row
 from config_utils import UserError, run_script
 from dataset import (
     INSTRUCT,
@@ -50,8 +52,6 @@ from dataset import (
     read_jsonl,
     save_tokenizer,
 )
-from modeling import DTYPES, init_distributed, load_base, pick_precision
-from packing import pad_batch, tree_row
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -128,7 +128,7 @@ def lora_model(base_dir):
     """A float32 model whose adapters are not zero, so that no gradient is."""
     import torch
 
-    from modeling import add_lora, load_base, lora_weights
+    from alpaca.training.lora import add_lora, load_base, lora_weights
 
     model = add_lora(load_base(base_dir, torch.float32, "cpu"), lora_settings())
     torch.manual_seed(1)

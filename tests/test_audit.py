@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from audit import audit
+from alpaca.training.audit import audit
 from config_utils import UserError
 from conftest import make_records, run_script, write_jsonl
 from dataset import build_prompt, load_tokenizer

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 
+from alpaca.training.lora import add_lora, answer_loss, bind_lora, load_base
+from alpaca.training.prefix_tree import TrainLoader, make_collate
+from alpaca.training.tree_attention import compile_layers
 from conftest import lora_settings
 from dataset import EOS, TokenizedExample
-from modeling import add_lora, answer_loss, bind_lora, load_base
-from packing import TrainLoader, make_collate
-from tree_attention import compile_layers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

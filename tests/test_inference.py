@@ -12,11 +12,11 @@ import pytest
 
 import chat_ner
 from alpaca.scoring import metrics
+from alpaca.training.checkpoints import TRAINERS, find_adapter, training_facts
+from alpaca.training.lora import DEFAULT_BASE
 from config_utils import UserError
 from conftest import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
-from modeling import DEFAULT_BASE
-from run_files import TRAINERS, find_adapter, training_facts
 
 SHORT = ["--precision=fp32", "--max_new_tokens=8"]  # a random model never says eos by itself
 

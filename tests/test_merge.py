@@ -20,10 +20,10 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering.generate import generate
+from alpaca.training.checkpoints import find_adapter
+from alpaca.training.lora import load_for_inference
 from dataset import QUERY_PREFIX, build_prompt, encode_prompts
-from modeling import load_for_inference
 from reference_llama import CUT, feed_forward_width, logits
-from run_files import find_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB, SHIPPED = ROOT / "model_hub", ROOT / "checkpoint/demo/shipped/adapter_model"

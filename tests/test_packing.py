@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from config_utils import UserError
-from dataset import EOS, TokenizedExample
-from modeling import answer_loss, lora_weights, model_inputs
-from packing import (
+from alpaca.training.lora import answer_loss, lora_weights, model_inputs
+from alpaca.training.prefix_tree import (
     IGNORE_INDEX,
     MIN_SHARED,
     TrainLoader,
@@ -27,7 +25,9 @@ from packing import (
     tree_mask,
     tree_row,
 )
-from tree_attention import choose_lengths, compile_layers, mask_buffers
+from alpaca.training.tree_attention import choose_lengths, compile_layers, mask_buffers
+from config_utils import UserError
+from dataset import EOS, TokenizedExample
 
 
 def example(prompt, answer):

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from alpaca.training.checkpoints import complete_checkpoints, step_of
 from conftest import ROOT, free_port, make_records, read_log, run_script, write_jsonl
-from run_files import complete_checkpoints, step_of
 
 # NCCL wants a GPU a rank; without any GPU it is gloo.
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs or none")
@@ -128,11 +128,11 @@ def test_one_dying_rank_ends_the_run_with_its_message(folder, base_dir):
         f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-import modeling
+from alpaca.training import lora
 def seed_step(seed, step, rank):
     if step == 3 and rank == 1:
         raise RuntimeError("what rank 1 died of")
-modeling.seed_step = seed_step
+lora.seed_step = seed_step
 runpy.run_path({str(ROOT / "train_deepspeed.py")!r}, run_name="__main__")
 """,
         encoding="utf-8",

@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import run_files
+from alpaca.training import checkpoints
+from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
 from config_utils import UserError
 from conftest import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
-from run_files import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 # Runs a script, and kills it when the new adapter is about to be moved to where the old one was.
@@ -58,14 +58,14 @@ def test_terminated_killed_and_resumed_equals_uninterrupted(workspace, base_dir,
         stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 143 and "收到 SIGTERM" in stderr, stderr
     (folder,) = complete_checkpoints(run)
-    stopped = run_files.step_of(folder)
+    stopped = checkpoints.step_of(folder)
     assert 3 <= stopped < 50 and len([r for r in read_log(run) if "loss" in r]) == stopped
 
     launcher = [sys.executable, "-c", KILLED_BETWEEN_RENAMES]
     result = run_script(f"{trainer}.py", *options, "--resume", cwd=workspace, launcher=launcher, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (run / "adapter_model").exists()
-    loaded = run_files._adapter_or_old(run / "adapter_model")
+    loaded = checkpoints._adapter_or_old(run / "adapter_model")
     assert json.loads((loaded / "train_args.json").read_text(encoding="utf-8"))["step"] == stopped
     run_script(f"{trainer}.py", *options, "--resume", cwd=workspace)
     losses = [{row["step"]: row for row in read_log(where) if "loss" in row} for where in (run, done)]
@@ -119,8 +119,8 @@ def test_a_loss_that_is_no_number_ends_the_run(workspace, base_dir, tmp_path, tr
 
 
 def test_lines_of_a_step_are_those_of_the_file(base_dir, instruct_data):
+    from alpaca.training.prefix_tree import TrainLoader
     from dataset import encode_examples, load_tokenizer, read_examples
-    from packing import TrainLoader
 
     examples = encode_examples(load_tokenizer(base_dir), read_examples(instruct_data / "train.txt"))
     loaders = [TrainLoader(examples, 2, 3, lambda part: [e.line for e in part], 42, rank, 2) for rank in range(2)]
@@ -142,7 +142,7 @@ def test_lines_of_a_step_are_those_of_the_file(base_dir, instruct_data):
 
 @pytest.fixture
 def alone(monkeypatch):
-    monkeypatch.setattr(run_files.dist, "barrier", lambda: None)
+    monkeypatch.setattr(checkpoints.dist, "barrier", lambda: None)
     monkeypatch.delenv("RANK", raising=False)
 
 

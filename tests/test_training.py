@@ -19,12 +19,22 @@ from matplotlib.image import imread
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import modeling
-import run_files
 import train_trainer
 from alpaca.answering.generate import evaluate_f1, predict_rows
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.scoring.metrics import score
+from alpaca.training import checkpoints, lora
+from alpaca.training.checkpoints import BestScore, checkpoint_to_resume
+from alpaca.training.lora import (
+    add_lora,
+    answer_loss,
+    evaluate_loss,
+    load_base,
+    load_for_inference,
+    merged_lora,
+    warmup_linear,
+)
+from alpaca.training.prefix_tree import TrainLoader, make_collate, pad_batch
 from config_utils import UserError, load_config, parse_config
 from conftest import (
     ROOT,
@@ -37,17 +47,6 @@ from conftest import (
     write_jsonl,
 )
 from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
-from modeling import (
-    add_lora,
-    answer_loss,
-    evaluate_loss,
-    load_base,
-    load_for_inference,
-    merged_lora,
-    warmup_linear,
-)
-from packing import TrainLoader, make_collate, pad_batch
-from run_files import BestScore, checkpoint_to_resume
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")
@@ -144,7 +143,7 @@ def test_what_a_run_leaves_behind(workspace, base_dir, trainer):
     args, facts = load_config(run / "adapter_model" / "train_args.json")
     assert (args.lora_r, args.max_steps, args.deepspeed_optimizer_params_lr) == (8, 50, 1e-3)
     assert "local_rank" not in args.nested
-    assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == modeling.PROMPT_SHA256
+    assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == lora.PROMPT_SHA256
     assert (facts["labels"], facts["step"]) == (["人名", "地名"], 50)
     assert 5 < facts["text_tokens"] < 60  # at the 80th percentile
     assert args.deepspeed["bf16"]["enabled"] is args.deepspeed["fp16"]["enabled"] is False
@@ -172,11 +171,11 @@ def test_the_picture_counts_once_what_a_resumed_run_has_done_again(tmp_path):
     rows += [{"examples": 12, "loss": 9.0}, {"examples": 12, "eval_loss": 4.0}, {"examples": 18, "loss": 8.0}]
     write_jsonl(log, [{"step": 1, "loss": 7.0}, *rows])  # the first: as earlier versions logged
     series = {"loss": [(6, 0.6), (12, 9.0), (18, 8.0)], "eval_loss": [(12, 4.0)], "eval_f1": [], "lr": []}
-    assert run_files.series_of(log) == series
+    assert checkpoints.series_of(log) == series
 
 
 def test_a_picture_that_cannot_be_drawn_is_said_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
-    log = run_files.TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3)
+    log = checkpoints.TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3)
     for step in (1, 2, 3):
         log.write(step, loss=1.0, lr=0.1)
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None if step > 1 else matplotlib.figure)
@@ -191,7 +190,7 @@ def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     args = parse_config(train_trainer.CONFIG, train_trainer.__file__, [f"--model_dir={base_dir}", "--tensorboard"])
     with pytest.raises(UserError, match="pip install tensorboard"):
-        modeling.check_options(args)
+        lora.check_options(args)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import modeling
+from alpaca.training import lora
 from config_tables import config_of
 from config_utils import ALIASES, Config, UserError, _options, load_config, parse_config
 from conftest import ROOT, free_port, make_records, run_script, write_jsonl
@@ -208,7 +208,7 @@ def test_the_malicious_pickle_is_one(tmp_path):
 def test_no_bare_pickle_is_run(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Malicious(tmp_path / "ran")}))
     with pytest.raises(UserError, match="adapter_model.bin: not the tensors of an adapter"):
-        modeling._adapter_shapes(tmp_path)
+        lora._adapter_shapes(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -18,9 +18,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from alpaca.answering.grammar import AnswerGrammar, checked, forbid
 from alpaca.scoring.metrics import score
+from alpaca.training.lora import merged_lora, progress
 from config_utils import UserError
 from dataset import BOS, EOS, NO_ENTITY, PROMPT, UNK, build_prompt, encode_prompts, gold_entities, locate, parse_answer
-from modeling import merged_lora, progress
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
 # abandoned: how many lines a grammar left out since they were there already, or had no type. confidences: for each line

@@ -8,11 +8,11 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering.generate import generate
+from alpaca.training.lora import load_base
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import EMBEDDING, from_meta
 from config_utils import UserError
 from dataset import INSTRUCT, build_prompt, encode_prompts, load_tokenizer
-from modeling import load_base
 
 QUERIES = ("文本：记者苏晓岚从昆明报道。", "文本：程立群在苏州大学教书。", "文本：天气渐渐凉了。")
 NEW_TOKENS = 32

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from alpaca.training.prefix_tree import PACKINGS
+from alpaca.training.tree_attention import compile_layers, plan_attention
 from config_utils import UserError
 from dataset import PROMPT_SHA256, how_to_get, load_tokenizer, tokenizer_sha256
-from packing import PACKINGS
-from tree_attention import compile_layers, plan_attention
 
 DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from alpaca.training.lora import _adapter_shapes, end_bars, is_main, lora_weights, progress, say, zero_stage
 from config_utils import UserError, load_config, save_config
 from dataset import PROMPT_SHA256, labels_of, load_tokenizer, query_prefix_of, tokenizer_sha256, without_rehearsal
-from modeling import _adapter_shapes, end_bars, is_main, lora_weights, progress, say, zero_stage
 
 TRAINERS = ("train_trainer", "train_deepspeed")
 
