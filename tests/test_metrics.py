@@ -8,7 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from alpaca.scoring.metrics import PROBLEMS, confusion, errors, exact, precision_recall, score, suspects, table
+from alpaca.scoring.errors import confusion, errors, precision_recall, suspects
+from alpaca.scoring.metrics import PROBLEMS, exact, score, table
 from alpaca.scoring.report import marked, write_report
 
 LABELS = ["人名", "地名", "机构名"]

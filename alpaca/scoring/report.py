@@ -4,7 +4,8 @@ import math
 from collections import Counter
 from html import escape
 
-from alpaca.scoring.metrics import KINDS, PROBLEMS, VIEWS, confusion, errors, precision_recall, suspects
+from alpaca.scoring.errors import KINDS, confusion, errors, precision_recall, suspects
+from alpaca.scoring.metrics import PROBLEMS, VIEWS
 
 SHOWN = 200  # errors of one kind, and suspects, that are listed; the rest is only counted
 
