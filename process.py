@@ -24,17 +24,17 @@ Every sentence stays, also those without an entity; only sentences of train that
 import json
 import os
 import random
-import re
 import sys
 from collections import Counter
-from itertools import accumulate
 from pathlib import Path
 
-from tqdm import tqdm
-
+from alpaca.corpora.convert import convert
+from alpaca.corpora.json_lines import COLUMNS
+from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
+from alpaca.corpora.problems import PROBLEMS, Problems
 from alpaca.training.audit import audit
 from config_utils import UserError, run_script
-from dataset import INSTRUCT, QUERY_PREFIX, TOTAL, format_answer, load_tokenizer, read_jsonl, read_lines
+from dataset import INSTRUCT, QUERY_PREFIX, load_tokenizer, read_jsonl
 
 CONFIG = {
     "data_name": "demo",  # folder under data/
@@ -44,188 +44,13 @@ CONFIG = {
     "format": "auto",  # auto | jsonl | bio; auto: by the first line
     "instruct": INSTRUCT,  # the instruction; {labels}: the names joined by 、, a typed \n: a newline
     "query_prefix": QUERY_PREFIX,  # query = query_prefix + text
-    "labels": ["PER:人名", "LOC:地名", "ORG:机构名"],  # tag:name; a name may not contain _
+    "labels": DEFAULT_LABELS,  # tag:name; a name may not contain _
     "keep_leaked": False,  # keep sentences in train that dev holds too
     "seed": 42,  # of dev_size's draw
     "audit_only": False,  # write nothing, only check data/<data_name>/instruct_data/ as the trainers do
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # whose tokenizer the audit counts with
     "max_seq_length": 512,  # tokens of prompt + answer; the audit says how many rows are longer
 }
-
-COLUMNS = ("instruct", "query", "answer")
-SHOWN = 20  # problems of one kind that are printed one by one; the rest is only counted
-TAG = re.compile(r"O|([BIMES])[-_](.+)")
-PROBLEMS = {
-    "mismatch": "与文本不符的实体（已从答案去掉）",
-    "newline": "含换行的实体（已从答案去掉）",
-    "empty": "空句（已跳过）",
-    "repaired": "不合规的标签（已按新实体的开头处理）",
-}
-
-
-class Problems(Counter):
-    """Counts by kind (a key of PROBLEMS); the first few of each are printed with file and line."""
-
-    def add(self, kind, path, number, detail):
-        self[kind] += 1
-        if self[kind] <= SHOWN:
-            tqdm.write(f"{path}:{number}: {PROBLEMS[kind]}：{detail}", file=sys.stderr)
-        if self[kind] == SHOWN + 1:
-            tqdm.write(f"{path}: 更多{PROBLEMS[kind]}，只在最后计数", file=sys.stderr)
-
-
-def read_labels(labels):
-    """["PER:人名", …] -> {"PER": "人名", …}"""
-    names = {}
-    for label in labels:
-        tag, _, name = (part.strip() for part in label.partition(":"))
-        if not tag or not name:
-            raise UserError(f"--labels: expected TAG:name, got {label!r}; e.g. --labels=PER:人名,LOC:地名")
-        if "_" in name:
-            raise UserError(f"--labels: {name!r} contains _, which parts entity and type in an answer; rename it")
-        if name == TOTAL:
-            raise UserError(f"--labels: metrics.json calls all entity types together {name!r}; rename {label!r}")
-        if names.setdefault(tag, name) != name:
-            raise UserError(f"--labels: {tag!r} is named twice, {names[tag]!r} and {name!r}; leave one out")
-    if not names:
-        raise UserError("--labels: at least one TAG:name is needed, e.g. --labels=PER:人名")
-    return names
-
-
-def detect_format(path):
-    """ "jsonl" or "bio", by the first line that is not empty."""
-    line = next((line for _, line in read_lines(path) if line.strip()), "")
-    if split_columns(line):
-        return "bio"
-    if line.lstrip().startswith("{"):
-        return "jsonl"
-    raise UserError(
-        f"{path}: neither JSON lines nor 字<tab>标签, the first line is {line[:40]!r}; see process.py --help"
-    )
-
-
-def split_columns(line):
-    """`字<tab or space>标签` -> (token, tag), None for any other line; a token that is lost was a blank."""
-    token, _, tag = line.rstrip().rpartition("\t" if "\t" in line else " ")
-    if len(token.split()) > 1 or not TAG.fullmatch(tag):
-        return None
-    return token or " ", tag
-
-
-def read_json_sentences(path):
-    """Yield (line number, text, [(begin, end, tag, entity, line number)]) of a JSON-lines corpus."""
-    for number, record in read_jsonl(path):
-        try:
-            text = record["text"]
-            if "label" in record and "entity_list" not in record:  # CLUENER's
-                found = [(span, tag, e) for tag, spans in record["label"].items() for e in spans for span in spans[e]]
-                places = [(begin, end + 1) for (begin, end), _, _ in found]
-                names = [(tag, entity) for _, tag, entity in found]
-            else:
-                places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
-                names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
-        except KeyError as error:
-            if record.keys() >= set(COLUMNS):
-                raise UserError(
-                    f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
-                    "look at it with --audit_only"
-                ) from None
-            raise UserError(f"{path}:{number}: no key {error}; process.py --help shows the format") from None
-        except (TypeError, AttributeError, ValueError):
-            raise UserError(f"{path}:{number}: wrong nesting; process.py --help shows the format") from None
-        strings = [text, *(part for pair in names for part in pair)]
-        if {type(part) for part in strings} != {str} or {type(part) for pair in places for part in pair} - {int}:
-            raise UserError(f"{path}:{number}: begin and end must be integers, all else strings; see process.py --help")
-        yield number, text, [(*place, *name, number) for place, name in zip(places, names, strict=True)]
-
-
-def read_tagged_sentences(path, problems):
-    """Yield (line number, text, [(begin, end, tag, entity, line number)]) of a two-column corpus."""
-    rows = []
-    for number, line in read_lines(path):
-        columns = split_columns(line)
-        if columns:
-            rows.append((number, *columns))
-        elif line.strip():
-            raise UserError(
-                f"{path}:{number}: expected 字<tab>标签, the tag O or B-, I-, M-, E- or S- and a type, got {line!r}"
-            )
-        elif rows:
-            yield join_tokens(rows, path, problems)
-            rows = []
-    if rows:
-        yield join_tokens(rows, path, problems)
-
-
-def join_tokens(rows, path, problems):
-    """[(line number, token, tag)] of one sentence -> (line number, text, entities)."""
-    numbers, tokens, tags = zip(*rows, strict=True)
-    text, ends = "".join(tokens), [0, *accumulate(map(len, tokens))]
-    entities = []
-    for first, last, tag, repaired in decode_tags(tags):
-        begin, end = ends[first], ends[last]
-        entities.append((begin, end, tag, text[begin:end], numbers[first]))
-        if repaired:
-            problems.add("repaired", path, numbers[first], f"{tokens[first]} {tags[first]}")
-    return numbers[0], text, entities
-
-
-def decode_tags(tags):
-    """BIO, BMES(O) or BIOES tags -> [(first, last + 1, type, whether an opening tag had to be guessed)] in tokens."""
-    spans, current = [], None
-    for i, tag in enumerate(tags):
-        prefix, kind = TAG.fullmatch(tag).groups()
-        if prefix is None:
-            current = None
-            continue
-        continues = prefix in "IME" and current == kind
-        if continues:
-            spans[-1][1] = i + 1
-        else:
-            spans.append([i, i + 1, kind, prefix in "IME"])
-        current = None if prefix in "ES" else kind
-    return [tuple(span) for span in spans]
-
-
-def to_example(sentence, path, labels, instruct, query_prefix, problems):
-    """A sentence of a reader -> an example; entities that cannot be answered with are left out and reported."""
-    number, text, found = sentence
-    entities = []
-    for begin, end, tag, entity, line in found:
-        if tag not in labels:
-            known = ",".join(f"{key}:{name}" for key, name in labels.items())
-            raise UserError(f"{path}:{line}: unknown entity type {tag!r}; name it: --labels={known},{tag}:名称")
-        if not 0 <= begin < end <= len(text) or text[begin:end] != entity:
-            problems.add(
-                "mismatch", path, line, f"{entity!r}，文本 [{begin}, {end}) 处是 {text[max(begin, 0) : end]!r}"
-            )
-        elif "\n" in entity or "\r" in entity:
-            problems.add("newline", path, line, repr(entity))
-        else:
-            entities.append({"entity": entity, "type": labels[tag], "begin": begin, "end": end})
-    entities.sort(key=lambda e: (e["begin"], -e["end"]))
-    return {
-        "instruct": instruct,
-        "query": query_prefix + text,
-        "answer": format_answer(entities),
-        "text": text,
-        "entities": [e for i, e in enumerate(entities) if e not in entities[:i]],
-    }
-
-
-def convert(path, form, labels, instruct, query_prefix, problems):
-    """A corpus file -> list of examples, in the order of the file."""
-    form = detect_format(path) if form == "auto" else form
-    sentences = read_json_sentences(path) if form == "jsonl" else read_tagged_sentences(path, problems)
-    examples = []
-    for sentence in tqdm(sentences, desc=str(path), unit=" 句", delay=1, disable=None):
-        if sentence[1].strip():
-            examples.append(to_example(sentence, path, labels, instruct, query_prefix, problems))
-        else:
-            problems.add("empty", path, sentence[0], repr(sentence[1]))
-    if not examples:
-        raise UserError(f"{path}: no sentence in it")
-    return examples
 
 
 def read_rehearsal(path):

@@ -35,11 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+from alpaca.corpora.convert import convert
+from alpaca.corpora.labels import read_labels
+from alpaca.corpora.problems import Problems
 from embedded_model import dictionary
 from embedded_model.tasks import NO_LOSS, STAGES, TASKS, TextMaker, any_text, build_prompt, make_batch, plain_text
 from embedded_model.vocabulary import build_vocabularies
 from process import CONFIG as PROCESS
-from process import Problems, convert, read_labels
 
 DEMO_DEV = ROOT / "data" / "demo" / "ori_data" / "dev.txt"
 

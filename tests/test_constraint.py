@@ -8,9 +8,12 @@ import torch
 
 from alpaca.answering.generate import Row, make_grammar
 from alpaca.answering.grammar import AnswerGrammar, forbid
+from alpaca.corpora.convert import convert
+from alpaca.corpora.labels import read_labels
+from alpaca.corpora.problems import Problems
 from config_utils import UserError
 from dataset import EOS, format_answer, load_tokenizer, parse_answer
-from process import CONFIG, Problems, convert, read_labels
+from process import CONFIG
 
 LABELS = ["人", "人名", "x"]  # one begins like another
 ODD_TEXTS = [

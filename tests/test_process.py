@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from alpaca.corpora.tagged_columns import decode_tags
 from config_utils import run_script
-from process import CONFIG, decode_tags, main
+from process import CONFIG, main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PROCESS = os.path.join(ROOT, "process.py")

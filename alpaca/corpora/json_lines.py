@@ -1,0 +1,33 @@
+"""JSON-lines corpora: one sentence with its entities a line."""
+
+from config_utils import UserError
+from dataset import read_jsonl
+
+COLUMNS = ("instruct", "query", "answer")
+
+
+def read_json_sentences(path):
+    """Yield (line number, text, [(begin, end, tag, entity, line number)]) of a JSON-lines corpus."""
+    for number, record in read_jsonl(path):
+        try:
+            text = record["text"]
+            if "label" in record and "entity_list" not in record:  # CLUENER's
+                found = [(span, tag, e) for tag, spans in record["label"].items() for e in spans for span in spans[e]]
+                places = [(begin, end + 1) for (begin, end), _, _ in found]
+                names = [(tag, entity) for _, tag, entity in found]
+            else:
+                places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
+                names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
+        except KeyError as error:
+            if record.keys() >= set(COLUMNS):
+                raise UserError(
+                    f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
+                    "look at it with --audit_only"
+                ) from None
+            raise UserError(f"{path}:{number}: no key {error}; process.py --help shows the format") from None
+        except (TypeError, AttributeError, ValueError):
+            raise UserError(f"{path}:{number}: wrong nesting; process.py --help shows the format") from None
+        strings = [text, *(part for pair in names for part in pair)]
+        if {type(part) for part in strings} != {str} or {type(part) for pair in places for part in pair} - {int}:
+            raise UserError(f"{path}:{number}: begin and end must be integers, all else strings; see process.py --help")
+        yield number, text, [(*place, *name, number) for place, name in zip(places, names, strict=True)]

@@ -1,0 +1,65 @@
+"""Two-column corpora: one token and its tag a line, an empty line after each sentence."""
+
+import re
+from itertools import accumulate
+
+from config_utils import UserError
+from dataset import read_lines
+
+TAG = re.compile(r"O|([BIMES])[-_](.+)")
+
+
+def split_columns(line):
+    """`字<tab or space>标签` -> (token, tag), None for any other line; a token that is lost was a blank."""
+    token, _, tag = line.rstrip().rpartition("\t" if "\t" in line else " ")
+    if len(token.split()) > 1 or not TAG.fullmatch(tag):
+        return None
+    return token or " ", tag
+
+
+def read_tagged_sentences(path, problems):
+    """Yield (line number, text, [(begin, end, tag, entity, line number)]) of a two-column corpus."""
+    rows = []
+    for number, line in read_lines(path):
+        columns = split_columns(line)
+        if columns:
+            rows.append((number, *columns))
+        elif line.strip():
+            raise UserError(
+                f"{path}:{number}: expected 字<tab>标签, the tag O or B-, I-, M-, E- or S- and a type, got {line!r}"
+            )
+        elif rows:
+            yield join_tokens(rows, path, problems)
+            rows = []
+    if rows:
+        yield join_tokens(rows, path, problems)
+
+
+def join_tokens(rows, path, problems):
+    """[(line number, token, tag)] of one sentence -> (line number, text, entities)."""
+    numbers, tokens, tags = zip(*rows, strict=True)
+    text, ends = "".join(tokens), [0, *accumulate(map(len, tokens))]
+    entities = []
+    for first, last, tag, repaired in decode_tags(tags):
+        begin, end = ends[first], ends[last]
+        entities.append((begin, end, tag, text[begin:end], numbers[first]))
+        if repaired:
+            problems.add("repaired", path, numbers[first], f"{tokens[first]} {tags[first]}")
+    return numbers[0], text, entities
+
+
+def decode_tags(tags):
+    """BIO, BMES(O) or BIOES tags -> [(first, last + 1, type, whether an opening tag had to be guessed)] in tokens."""
+    spans, current = [], None
+    for i, tag in enumerate(tags):
+        prefix, kind = TAG.fullmatch(tag).groups()
+        if prefix is None:
+            current = None
+            continue
+        continues = prefix in "IME" and current == kind
+        if continues:
+            spans[-1][1] = i + 1
+        else:
+            spans.append([i, i + 1, kind, prefix in "IME"])
+        current = None if prefix in "ES" else kind
+    return [tuple(span) for span in spans]
