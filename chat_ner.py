@@ -12,14 +12,16 @@ again without the adapter, `/help` says what else there is. An empty line, Ctrl-
 import contextlib
 import json
 
-from config_utils import UserError, run_script  # before the libraries: it refuses versions that do not fit
+from alpaca.common.errors import UserError
+from config_utils import run_script  # before the libraries: it refuses versions that do not fit
 
 # isort: split
 import torch
 
 from alpaca.answering.generate import make_grammar, sampler, stream, without_template
+from alpaca.common.console import progress, say
 from alpaca.training.checkpoints import find_adapter, open_output
-from alpaca.training.lora import check_generation, load_for_inference, progress, say
+from alpaca.training.lora import check_generation, load_for_inference
 from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
 
 with contextlib.suppress(ImportError):  # some builds of Python have none

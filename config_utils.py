@@ -13,19 +13,18 @@ imports it before them. The command line is read here rather than by argparse, w
 with `-` differs between Python versions and whose errors are not one line.
 """
 
-import ast
 import copy
-import difflib
 import errno
-import io
 import json
-import math
 import os
 import re
 import sys
-import tokenize
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+
+from alpaca.common.deepspeed_file import _checked_settings, _deepspeed_options, _deepspeed_path
+from alpaca.common.errors import ConfigError, UserError
+from alpaca.common.option_help import _help
+from alpaca.common.options import Option, _at, _closest, _convert, _dotted, _flatten, _kind, _text
 
 # The first and the last version that this code is for. An older one lacks what it imports; what a newer one changes might
 # show only in what is trained.
@@ -33,12 +32,6 @@ VERSIONS = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "peft":
 
 RUNTIME_KEYS = ("local_rank",)  # set by the launcher for one run, so never saved
 BARE_MEANS_TRUE = ("resume", "compile", "constrained")  # strings whose option may stand alone, as that of a bool may
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-# What the DeepSpeed file calls it -> what CONFIG calls it.
-BATCH_KEYS = {
-    "train_micro_batch_size_per_gpu": "train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-}
 
 # Names that people type out of habit -> the option that holds that number here.
 ALIASES = {
@@ -82,10 +75,6 @@ ALIASES = {
 }
 
 
-class UserError(Exception):
-    """Bad input of the user: the message names file, line, key or value and the remedy; run_script prints it alone."""
-
-
 def check_versions():
     """UserError if a library of VERSIONS is here in another version. One that is missing says so when it is imported."""
     for name, (first, last) in VERSIONS.items():
@@ -103,17 +92,6 @@ def check_versions():
 def _numbers(text):
     """2.11.0+cu130 -> (2, 11)."""
     return tuple(int(number) for number in re.findall("[0-9]+", text)[:2])
-
-
-class ConfigError(UserError, ValueError):
-    """A CONFIG dict that cannot be turned into options."""
-
-
-class Option(NamedTuple):
-    path: tuple  # keys from the root of CONFIG, or of the DeepSpeed file
-    default: object
-    kind: str  # as shown to the user: "int", "str or None", "list of float", "auto or bool", …
-    in_deepspeed: bool = False
 
 
 class Config:
@@ -259,38 +237,6 @@ def _fail(error):
     raise SystemExit(2) from None
 
 
-def _flatten(nested, root=()):
-    """Nested dict -> {flat name: path}; ConfigError where two keys, group names included, share a flat name."""
-    leaves, groups = {}, {}
-
-    def walk(node, path):
-        for key, value in node.items():
-            here = (*path, str(key))
-            name = "_".join(here)
-            if isinstance(value, dict):
-                groups[name] = here
-                walk(value, here)
-            elif name in leaves:
-                raise ConfigError(f"{_dotted(leaves[name])} and {_dotted(here)} are both --{name}; rename one")
-            else:
-                leaves[name] = here
-
-    walk(nested, root)
-    for name in leaves.keys() & groups.keys():
-        raise ConfigError(f"{_dotted(leaves[name])} and {_dotted(groups[name])} are both --{name}; rename one")
-    return leaves
-
-
-def _dotted(path):
-    return repr(".".join(path))
-
-
-def _at(nested, path):
-    for key in path:
-        nested = nested[key]
-    return nested
-
-
 def _options(config):
     options = {}
     for name, path in _flatten(config).items():
@@ -301,15 +247,6 @@ def _options(config):
             raise ConfigError(f"CONFIG key {_dotted(path)}: --{name} is reserved; choose another name")
         options[name] = Option(path, default, _kind(default))
     return options
-
-
-def _kind(default):
-    if default is None:
-        return "str or None"
-    if isinstance(default, list):
-        items = [type(item).__name__ for item in default] or ["str"]
-        return "list of " + ("float" if "float" in items else items[0])
-    return type(default).__name__
 
 
 def _read_options(argv, options, only=None):
@@ -356,40 +293,6 @@ def _home(option):
     return f", {_text(option.default)} in the DeepSpeed file" if option.in_deepspeed else ""
 
 
-def _closest(name, names, sentence):
-    close = difflib.get_close_matches(name.lower(), list(names), n=1)
-    return sentence.format(close[0]) if close else ""
-
-
-def _convert(text, kind):
-    """Text of an option -> value; ValueError if it is not of that kind."""
-    if kind.startswith("list of "):
-        items = [item.strip() for item in text.split(",")] if text.strip() else []
-        if "" in items:
-            raise ValueError
-        return [_convert(item, kind.removeprefix("list of ")) for item in items]
-    if kind.startswith("auto or "):
-        return text if text == "auto" else _convert(text, kind.removeprefix("auto or "))
-    if kind == "bool":
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-    if kind in ("int", "number") and re.fullmatch(r"[+-]?[0-9]+", text):
-        return int(text)
-    if kind == "int":
-        raise ValueError
-    if kind in ("float", "number"):
-        if "_" in text or not text.isascii() or not math.isfinite(float(text)):
-            raise ValueError
-        return float(text)
-    return None if kind == "str or None" and text == "None" else text
-
-
-def _text(value):
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("\n", "\\n")
-
-
 def _read_json(path, remedy):
     """JSON object of a file; UserError naming file, line and column."""
     try:
@@ -406,163 +309,6 @@ def _read_json(path, remedy):
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}; {remedy}")
     return value
-
-
-def _deepspeed_path(values, file):
-    """The file asked for, else data/<data_name>/deepspeed.json beside the script, else deepspeed.json there."""
-    if values["deepspeed_json_path"]:
-        return values["deepspeed_json_path"]
-    folder = os.path.dirname(os.path.abspath(file))
-    own = os.path.join(folder, "data", str(values.get("data_name")), "deepspeed.json")
-    return os.path.relpath(own if os.path.exists(own) else os.path.join(folder, "deepspeed.json"))
-
-
-def _deepspeed_options(settings, path, taken):
-    """Leaves of the DeepSpeed file -> options, typed by their values in the file."""
-    options = {}
-    try:
-        leaves = _flatten(settings, ("deepspeed",))
-    except ConfigError as error:
-        raise UserError(f"{path}: {error}") from None
-    for name, (_, *keys) in leaves.items():
-        default = _at(settings, keys)
-        if name in taken:
-            raise UserError(f"{path}: {_dotted(keys)} and CONFIG key {_dotted(taken[name].path)} are both --{name}")
-        if isinstance(default, list) and any(isinstance(item, dict | list | None) for item in default):
-            continue  # nothing that fits on a command line
-        options[name] = Option(tuple(keys), default, _deepspeed_kind(keys, default), in_deepspeed=True)
-    return options
-
-
-def _deepspeed_kind(keys, default):
-    if default == "auto":
-        return "auto or " + {"enabled": "bool", **dict.fromkeys(BATCH_KEYS, "int")}.get(keys[-1], "number")
-    kind = _kind(default)
-    # JSON has one kind of number: a file that says "weight_decay": 0 must not refuse 0.01
-    real = keys[:2] == ["optimizer", "params"] or keys == ["gradient_clipping"]
-    return kind.replace("int", "float") if real else kind
-
-
-def _checked_settings(settings, args, path):
-    """DeepSpeed settings with the batch numbers of CONFIG filled in; UserError where the two contradict each other.
-
-    bf16 and fp16 are only compared with `precision`; what "auto" means there depends on the device.
-    """
-    if "scheduler" in settings:
-        raise UserError(f'{path}: remove "scheduler"; warm-up and decay are set by --warmup_ratio')
-    values = args._values
-    for key, name in BATCH_KEYS.items():
-        found, asked = settings.get(key, "auto"), values.get(name, 1)
-        if found == "auto":
-            settings[key] = asked
-        elif name in values and found != asked:
-            raise UserError(f'{path}: "{key}" is {found}, but --{name} is {asked}; make them equal or write "auto"')
-    _check_total(settings, path)
-    _check_precision(settings, values.get("precision", "auto"), path)
-    _check_numbers(settings, path)
-    return settings
-
-
-def _check_total(settings, path):
-    found = settings.get("train_batch_size", "auto")
-    if found == "auto":
-        settings.pop("train_batch_size", None)  # DeepSpeed multiplies the three numbers itself
-        return
-    micro, steps = (settings[key] for key in BATCH_KEYS)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if found != micro * steps * world:
-        raise UserError(
-            f'{path}: "train_batch_size" is {found}, but --train_batch_size {micro} x --gradient_accumulation_steps '
-            f"{steps} x {world} ranks is {micro * steps * world}; remove it or make them equal"
-        )
-
-
-def _check_precision(settings, precision, path):
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    enabled = {}
-    for name in ("bf16", "fp16"):
-        section = settings.get(name, {})
-        enabled[name] = section.get("enabled", "auto") if isinstance(section, dict) else None
-        if enabled[name] not in (True, False, "auto"):
-            raise UserError(f'{path}: "{name}" must be {{"enabled": true, false or "auto"}}, got {section!r}')
-    if enabled["bf16"] is True and enabled["fp16"] is True:
-        raise UserError(f'{path}: "bf16.enabled" and "fp16.enabled" are both true; leave one or write "auto"')
-    for name, value in enabled.items():
-        contradicts = value is True if name != precision else value is False
-        if precision != "auto" and contradicts:
-            raise UserError(
-                f'{path}: "{name}.enabled" is {str(value).lower()}, but --precision is {precision}; make them agree or '
-                'write "auto"'
-            )
-
-
-def _check_numbers(settings, path):
-    """The learning rate has its home in the file, and raw DeepSpeed does not know "auto"."""
-    for name, keys in _flatten(settings).items():
-        if _at(settings, keys) == "auto" and keys not in (("bf16", "enabled"), ("fp16", "enabled")):
-            raise UserError(
-                f"{path}: {_dotted(keys)} must be a number, not auto; write one or pass --deepspeed_{name}=…"
-            )
-    zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UserError(f'{path}: "zero_optimization.stage" must be 0, 1, 2 or 3, got {zero!r}')
-    try:
-        lr = settings["optimizer"]["params"]["lr"]
-    except (KeyError, TypeError):
-        lr = None
-    if isinstance(lr, bool) or not isinstance(lr, int | float):
-        raise UserError(f'{path}: "optimizer.params.lr" must hold the learning rate, a number such as 1e-4; got {lr!r}')
-
-
-def _help(config, file, options, path):
-    """Module docstring of the script, then a line for each option: name, kind, trailing comment, default."""
-    doc, comments = _source(file)
-    lines = [doc, ""] if doc else []
-    settings = {name: option for name, option in options.items() if option.in_deepspeed}
-    lines += _help_lines({name: option for name, option in options.items() if name not in settings}, comments)
-    if settings:
-        lines += ["", f"DeepSpeed settings, from {path}:", *_help_lines(settings, {})]
-    return "\n".join(lines)
-
-
-def _help_lines(options, comments):
-    width = max((len(name) for name in options), default=0)
-    kinds = max((len(option.kind) for option in options.values()), default=0)
-    for name, option in options.items():
-        comment = comments.get(option.path, "")
-        start = f"  --{name:<{width}}  {option.kind:<{kinds}}  "
-        yield f"{start}{comment}{' ' if comment else ''}[{_text(option.default)}]"
-
-
-def _source(file):
-    """Docstring of a script and {path of a CONFIG key: its trailing comment}; nothing where there is no source."""
-    try:
-        with tokenize.open(file) as source:
-            text = source.read()
-        tree = ast.parse(text)
-    except (OSError, SyntaxError):
-        return "", {}
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    notes = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    comments = {}
-
-    def walk(node, path):
-        for key, value in zip(node.keys, node.values, strict=True):
-            if not isinstance(key, ast.Constant):
-                continue
-            here = (*path, str(key.value))
-            if isinstance(value, ast.Dict):
-                walk(value, here)
-            else:
-                comments[here] = notes.get(value.end_lineno) or notes.get(key.lineno, "")
-
-    for node in tree.body:
-        names = [target.id for target in getattr(node, "targets", []) if isinstance(target, ast.Name)]
-        if "CONFIG" in names and isinstance(node.value, ast.Dict):
-            walk(node.value, ())
-    return ast.get_docstring(tree) or "", comments
 
 
 def _no_traceback_for_ctrl_c(kind, *error, before=sys.excepthook):

@@ -15,7 +15,7 @@ from shutil import copyfile
 from sentencepiece import SentencePieceProcessor
 from transformers import SentencePieceBackend
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 
 # The template that Chinese-Alpaca was tuned with (Stanford Alpaca's, for an instruction without a separate input).
 # The one space at its end is a token of its own ("▁"): the answer is encoded separately behind it.

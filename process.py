@@ -28,12 +28,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from alpaca.common.errors import UserError
 from alpaca.corpora.convert import convert
 from alpaca.corpora.json_lines import COLUMNS
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
 from alpaca.corpora.problems import PROBLEMS, Problems
 from alpaca.training.audit import audit
-from config_utils import UserError, run_script
+from config_utils import run_script
 from dataset import INSTRUCT, QUERY_PREFIX, load_tokenizer, read_jsonl
 
 CONFIG = {

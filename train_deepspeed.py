@@ -18,6 +18,8 @@ from config_utils import run_script  # before the libraries: it refuses versions
 import torch.distributed as dist
 
 from alpaca.answering.generate import evaluate_f1
+from alpaca.common.console import say
+from alpaca.common.devices import DTYPES, describe_device, init_distributed, resolve_precision
 from alpaca.training.audit import load_audited_data
 from alpaca.training.checkpoints import (
     BestScore,
@@ -31,21 +33,16 @@ from alpaca.training.checkpoints import (
     training_facts,
 )
 from alpaca.training.lora import (
-    DTYPES,
     add_lora,
     answer_loss,
     catch_sigterm,
     check_options,
     compile_for_training,
-    describe_device,
     end_by_sigterm,
     end_of_step,
     evaluate_loss,
-    init_distributed,
     load_base,
     make_scheduler,
-    resolve_precision,
-    say,
     seed_step,
 )
 from alpaca.training.prefix_tree import TrainLoader, eval_batches, make_collate

@@ -24,9 +24,11 @@ from pathlib import Path
 
 from alpaca.answering.generate import make_grammar, predict_rows, stream, without_template
 from alpaca.answering.windows import cut_examples, rows_of_texts
+from alpaca.common.console import say
+from alpaca.common.errors import UserError
 from alpaca.training.checkpoints import find_adapter
-from alpaca.training.lora import attach_adapter, check_fit, check_generation, load_for_inference, say
-from config_utils import UserError, load_config, run_script
+from alpaca.training.lora import attach_adapter, check_fit, check_generation, load_for_inference
+from config_utils import load_config, run_script
 from dataset import SURROGATE, build_prompt, encode_prompts, read_texts, task_of, to_example
 
 CONFIG = {

@@ -29,9 +29,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.answering import generate as generation
 from alpaca.answering import grammar as constraint
+from alpaca.common.console import say
+from alpaca.common.devices import DTYPES, pick_precision
+from alpaca.common.errors import UserError
 from alpaca.training.checkpoints import find_adapter
-from alpaca.training.lora import DTYPES, load_for_inference, pick_precision, say
-from config_utils import UserError, run_script
+from alpaca.training.lora import load_for_inference
+from config_utils import run_script
 from dataset import (
     EOS,
     INSTRUCT,

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config_utils import UserError, run_script
+from alpaca.common.errors import UserError
+from config_utils import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -39,9 +39,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from alpaca.training.lora import DTYPES, init_distributed, load_base, pick_precision
+from alpaca.common.devices import DTYPES, init_distributed, pick_precision
+from alpaca.common.errors import UserError
+from alpaca.training.lora import load_base
 from alpaca.training.prefix_tree import pad_batch, tree_row
-from config_utils import UserError, run_script
+from config_utils import run_script
 from dataset import (
     INSTRUCT,
     QUERY_PREFIX,

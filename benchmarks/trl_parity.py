@@ -19,9 +19,10 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.errors import UserError
 from alpaca.training.lora import load_base, make_scheduler
 from alpaca.training.prefix_tree import optimizer_steps
-from config_utils import UserError, run_script
+from config_utils import run_script
 from dataset import encode_examples, load_tokenizer, read_examples
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config_utils import _flatten, _source, _text
+from alpaca.common.option_help import _source
+from alpaca.common.options import _flatten, _text
 from dataset import INSTRUCT, QUERY_PREFIX
 
 MODEL_HUB = "model_hub/convert_llama_weights_to_hf.py", "model_hub/merge_llama_with_chinese_lora.py"

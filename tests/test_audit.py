@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from alpaca.common.errors import UserError
 from alpaca.training.audit import audit
-from config_utils import UserError
 from conftest import make_records, run_script, write_jsonl
 from dataset import build_prompt, load_tokenizer
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import config_utils
-from config_utils import Config, ConfigError, UserError, load_config, parse_config, run_script, save_config
+from alpaca.common.errors import ConfigError, UserError
+from config_utils import Config, load_config, parse_config, run_script, save_config
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -225,7 +226,8 @@ SCRIPT = '''"""Do a thing, 100% sure.
     python script.py
 """
 
-from config_utils import UserError, run_script
+from alpaca.common.errors import UserError
+from config_utils import run_script
 
 CONFIG = {
     "text": "a",  # 文本, 50% of it

@@ -8,10 +8,10 @@ import torch
 
 from alpaca.answering.generate import Row, make_grammar
 from alpaca.answering.grammar import AnswerGrammar, forbid
+from alpaca.common.errors import UserError
 from alpaca.corpora.convert import convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems
-from config_utils import UserError
 from dataset import EOS, format_answer, load_tokenizer, parse_answer
 from process import CONFIG
 

@@ -9,7 +9,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 import dataset
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from conftest import INSTRUCTION, make_records, write_jsonl
 from dataset import (
     EOS,

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 import chat_ner
+from alpaca.common.errors import UserError
 from alpaca.scoring import metrics
 from alpaca.training.checkpoints import TRAINERS, find_adapter, training_facts
 from alpaca.training.lora import DEFAULT_BASE
-from config_utils import UserError
 from conftest import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 HUB = Path(__file__).resolve().parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
+from alpaca.common.errors import UserError
 from alpaca.weights.llama_files import read_base, read_meta
 from alpaca.weights.llama_layout import from_meta
-from config_utils import UserError
 
 FORKING = f"""
 import json, os, signal, sys, time

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
+from alpaca.common.errors import UserError
 from alpaca.training.lora import answer_loss, lora_weights, model_inputs
 from alpaca.training.prefix_tree import (
     IGNORE_INDEX,
@@ -26,7 +27,6 @@ from alpaca.training.prefix_tree import (
     tree_row,
 )
 from alpaca.training.tree_attention import choose_lengths, compile_layers, mask_buffers
-from config_utils import UserError
 from dataset import EOS, TokenizedExample
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import config_tables
-from config_utils import _source
+from alpaca.common.option_help import _source
 from conftest import free_port
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from alpaca.common.errors import UserError
 from alpaca.training import checkpoints
 from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
-from config_utils import UserError
 from conftest import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")

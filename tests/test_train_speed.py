@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config_utils import UserError, parse_config
+from alpaca.common.errors import UserError
+from config_utils import parse_config
 from conftest import ROOT
 from test_ranks import needs_two_gpus
 

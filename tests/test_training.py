@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train_trainer
 from alpaca.answering.generate import evaluate_f1, predict_rows
 from alpaca.answering.grammar import AnswerGrammar
+from alpaca.common.errors import UserError
 from alpaca.scoring.metrics import score
 from alpaca.training import checkpoints, lora
 from alpaca.training.checkpoints import BestScore, checkpoint_to_resume
@@ -35,7 +36,7 @@ from alpaca.training.lora import (
     warmup_linear,
 )
 from alpaca.training.prefix_tree import TrainLoader, make_collate, pad_batch
-from config_utils import UserError, load_config, parse_config
+from config_utils import load_config, parse_config
 from conftest import (
     ROOT,
     assert_same_adapter,

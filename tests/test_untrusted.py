@@ -21,9 +21,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alpaca.common.errors import UserError
 from alpaca.training import lora
 from config_tables import config_of
-from config_utils import ALIASES, Config, UserError, _options, load_config, parse_config
+from config_utils import ALIASES, Config, _options, load_config, parse_config
 from conftest import ROOT, free_port, make_records, run_script, write_jsonl
 from dataset import (
     EOS,

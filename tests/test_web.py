@@ -29,8 +29,9 @@ sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 import web_ner
 from alpaca.answering.generate import generate, make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
+from alpaca.common.errors import UserError
 from alpaca.training.lora import load_for_inference
-from config_utils import UserError, load_config, parse_config
+from config_utils import load_config, parse_config
 from conftest import free_port
 from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example
 

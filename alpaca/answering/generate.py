@@ -17,9 +17,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from alpaca.answering.grammar import AnswerGrammar, checked, forbid
+from alpaca.common.console import progress
+from alpaca.common.errors import UserError
 from alpaca.scoring.metrics import score
-from alpaca.training.lora import merged_lora, progress
-from config_utils import UserError
+from alpaca.training.lora import merged_lora
 from dataset import BOS, EOS, NO_ENTITY, PROMPT, UNK, build_prompt, encode_prompts, gold_entities, locate, parse_answer
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,

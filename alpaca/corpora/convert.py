@@ -2,9 +2,9 @@
 
 from tqdm import tqdm
 
+from alpaca.common.errors import UserError
 from alpaca.corpora.json_lines import read_json_sentences
 from alpaca.corpora.tagged_columns import read_tagged_sentences, split_columns
-from config_utils import UserError
 from dataset import format_answer, read_lines
 
 

@@ -1,6 +1,6 @@
 """JSON-lines corpora: one sentence with its entities a line."""
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from dataset import read_jsonl
 
 COLUMNS = ("instruct", "query", "answer")

@@ -1,6 +1,6 @@
 """The entity types of a corpus: the tag it writes and the name an answer gives."""
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from dataset import TOTAL
 
 DEFAULT_LABELS = ["PER:人名", "LOC:地名", "ORG:机构名"]  # the demo corpus and MSRA

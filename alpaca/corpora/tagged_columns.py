@@ -3,7 +3,7 @@
 import re
 from itertools import accumulate
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from dataset import read_lines
 
 TAG = re.compile(r"O|([BIMES])[-_](.+)")

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import Counter
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from dataset import NO_ENTITY, encode_examples, fit_length, is_ner, parse_answer, read_examples, without_rehearsal
 
 SHOWN = 3  # places of each warning, and of malformed lines

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from alpaca.training.lora import _adapter_shapes, end_bars, is_main, lora_weights, progress, say, zero_stage
-from config_utils import UserError, load_config, save_config
+from alpaca.common.console import end_bars, is_main, progress, say
+from alpaca.common.errors import UserError
+from alpaca.training.lora import _adapter_shapes, lora_weights, zero_stage
+from config_utils import load_config, save_config
 from dataset import PROMPT_SHA256, labels_of, load_tokenizer, query_prefix_of, tokenizer_sha256, without_rehearsal
 
 TRAINERS = ("train_trainer", "train_deepspeed")

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import signal
-import sys
 import warnings
 from contextlib import contextmanager
 from functools import partial
@@ -20,17 +19,17 @@ import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from alpaca.common.console import end_bars, progress, say
+from alpaca.common.devices import DTYPES, describe_device, pick_precision
+from alpaca.common.errors import UserError
 from alpaca.training.prefix_tree import PACKINGS
 from alpaca.training.tree_attention import compile_layers, plan_attention
-from config_utils import UserError
 from dataset import PROMPT_SHA256, how_to_get, load_tokenizer, tokenizer_sha256
 
 DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # One line a user can act on is worth more than a page of library notices.
 transformers_logging.set_verbosity_error()
@@ -43,94 +42,6 @@ if not torch.cuda.is_available():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # devices and processes
-
-
-def is_main():
-    """True on the one process that prints and writes."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def say(message):
-    """A status line on stderr, from rank 0 alone, that does not break a progress bar."""
-    if is_main():
-        tqdm.write(message, file=sys.stderr)
-
-
-def progress(iterable=None, **options):
-    """A bar on rank 0's terminal, once a step has taken more than a second; none where the output goes to a file."""
-    shown = {"disable": None if is_main() else True, "delay": 1, "dynamic_ncols": True, "leave": None}
-    return tqdm(iterable, **shown, **options)
-
-
-def end_bars():
-    """Leave the progress bar's line, so that an error stands on its own."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-
-
-def init_distributed():
-    """Join the process group that the deepspeed launcher started, or make one of this process alone.
-
-    Returns (device, rank, world_size).
-    """
-    import deepspeed  # here, not above: inference does without it, and it takes seconds to import
-
-    if "RANK" not in os.environ:  # without the launcher; deepspeed would ask MPI for these
-        # Port 0 is whichever is free when torch binds it. One looked for here could be another run's by then.
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        os.environ.update(alone)
-    # DeepSpeed would compile its shared-memory collectives with c++ (36 s, or death where there is none); gloo does.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        device = torch.device("cuda", torch.cuda.current_device())
-    else:
-        device = torch.device("cpu")
-    return device, dist.get_rank(), dist.get_world_size()
-
-
-def _cpu_has_bf16():
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def pick_precision(precision, device):
-    """auto -> bf16, fp16 or fp32, by what the device computes natively; anything else is checked and returned."""
-    if precision not in ("auto", *DTYPES):
-        raise UserError(f"--precision={precision}: expected auto, {', '.join(DTYPES)}")
-    on_cuda = torch.device(device).type == "cuda"
-    if precision == "fp16" and not on_cuda:
-        raise UserError("fp16 needs a CUDA GPU; on a CPU use --precision=fp32, bf16 or auto")
-    if precision != "auto":
-        return precision
-    if on_cuda:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if _cpu_has_bf16() else "fp32"
-
-
-def resolve_precision(precision, deepspeed_config, device):
-    """Fill in bf16 and fp16 of the DeepSpeed settings by --precision, the file and the device.
-
-    Returns (precision, settings). config_utils has refused contradictions between the two already.
-    """
-    said = {key: deepspeed_config.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16")}
-    if precision == "auto" and True in said.values():
-        precision = "bf16" if said["bf16"] is True else "fp16"
-    elif precision == "auto" and set(said.values()) == {False}:
-        precision = "fp32"
-    precision = pick_precision(precision, device)
-    filled = {key: {**deepspeed_config.get(key, {}), "enabled": key == precision} for key in said}
-    return precision, {**deepspeed_config, **filled}
-
-
-def describe_device(device, precision, world_size=1):
-    """Where this runs and in which precision, for the status line."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
-    return f"设备: {name}{f' × {world_size}' if world_size > 1 else ''}, 精度: {precision}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from itertools import islice
 
 import torch
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from dataset import BOS
 
 IGNORE_INDEX = -100  # torch's cross_entropy skips positions with this label

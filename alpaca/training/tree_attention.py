@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from alpaca.common.errors import UserError
 from alpaca.training.prefix_tree import make_collate, tree_mask
-from config_utils import UserError
 
 Tree = namedtuple("Tree", "root branches slots mask")  # what tree_attention needs of a row, see plan_attention
 

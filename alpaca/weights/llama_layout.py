@@ -8,7 +8,7 @@ Meta's holds some rows or some columns of a matrix, and all of a norm.
 
 import torch
 
-from config_utils import UserError
+from alpaca.common.errors import UserError
 from dataset import BOS, EOS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 
+from alpaca.common.errors import UserError
 from alpaca.weights.llama_files import read_json, read_tensors
 from alpaca.weights.llama_layout import dims
-from config_utils import UserError
 
 # Settings of adapter_config.json that are honoured here, or that say nothing about the trained weights. Any other one
 # must be off: a kind of LoRA that is not known here must not be merged as if it were the plain kind. fan_in_fan_out is

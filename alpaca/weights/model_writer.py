@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from alpaca.common.errors import UserError
 from alpaca.weights.llama_layout import meta_names, params_of, to_meta
-from config_utils import UserError
 from dataset import BOS, EOS, load_tokenizer, save_tokenizer
 
 FILE_BYTES = 4 * 10**9  # of one safetensors file

@@ -1,0 +1,29 @@
+"""What a person sees while a command runs, from rank 0 alone: status lines and progress bars on stderr."""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+
+def is_main():
+    """True on the one process that prints and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(message):
+    """A status line on stderr, from rank 0 alone, that does not break a progress bar."""
+    if is_main():
+        tqdm.write(message, file=sys.stderr)
+
+
+def progress(iterable=None, **options):
+    """A bar on rank 0's terminal, once a step has taken more than a second; none where the output goes to a file."""
+    shown = {"disable": None if is_main() else True, "delay": 1, "dynamic_ncols": True, "leave": None}
+    return tqdm(iterable, **shown, **options)
+
+
+def end_bars():
+    """Leave the progress bar's line, so that an error stands on its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()

@@ -1,0 +1,76 @@
+"""Devices, the processes of a run, and the precision that a device computes in."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from alpaca.common.errors import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def init_distributed():
+    """Join the process group that the deepspeed launcher started, or make one of this process alone.
+
+    Returns (device, rank, world_size).
+    """
+    import deepspeed  # here, not above: inference does without it, and it takes seconds to import
+
+    if "RANK" not in os.environ:  # without the launcher; deepspeed would ask MPI for these
+        # Port 0 is whichever is free when torch binds it. One looked for here could be another run's by then.
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        os.environ.update(alone)
+    # DeepSpeed would compile its shared-memory collectives with c++ (36 s, or death where there is none); gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torch.cuda.current_device())
+    else:
+        device = torch.device("cpu")
+    return device, dist.get_rank(), dist.get_world_size()
+
+
+def _cpu_has_bf16():
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pick_precision(precision, device):
+    """auto -> bf16, fp16 or fp32, by what the device computes natively; anything else is checked and returned."""
+    if precision not in ("auto", *DTYPES):
+        raise UserError(f"--precision={precision}: expected auto, {', '.join(DTYPES)}")
+    on_cuda = torch.device(device).type == "cuda"
+    if precision == "fp16" and not on_cuda:
+        raise UserError("fp16 needs a CUDA GPU; on a CPU use --precision=fp32, bf16 or auto")
+    if precision != "auto":
+        return precision
+    if on_cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if _cpu_has_bf16() else "fp32"
+
+
+def resolve_precision(precision, deepspeed_config, device):
+    """Fill in bf16 and fp16 of the DeepSpeed settings by --precision, the file and the device.
+
+    Returns (precision, settings). config_utils has refused contradictions between the two already.
+    """
+    said = {key: deepspeed_config.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16")}
+    if precision == "auto" and True in said.values():
+        precision = "bf16" if said["bf16"] is True else "fp16"
+    elif precision == "auto" and set(said.values()) == {False}:
+        precision = "fp32"
+    precision = pick_precision(precision, device)
+    filled = {key: {**deepspeed_config.get(key, {}), "enabled": key == precision} for key in said}
+    return precision, {**deepspeed_config, **filled}
+
+
+def describe_device(device, precision, world_size=1):
+    """Where this runs and in which precision, for the status line."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
+    return f"设备: {name}{f' × {world_size}' if world_size > 1 else ''}, 精度: {precision}"
