@@ -20,8 +20,8 @@ import torch
 
 from alpaca.answering.generate import make_grammar, sampler, stream, without_template
 from alpaca.common.console import progress, say
-from alpaca.training.checkpoints import find_adapter, open_output
-from alpaca.training.lora import check_generation, load_for_inference
+from alpaca.models.adapters import find_adapter, open_output
+from alpaca.models.base import check_generation, load_for_inference
 from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
 
 with contextlib.suppress(ImportError):  # some builds of Python have none

@@ -19,8 +19,8 @@ from alpaca.answering.generate import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
-from alpaca.training.checkpoints import find_adapter, open_output
-from alpaca.training.lora import check_generation, load_for_inference
+from alpaca.models.adapters import find_adapter, open_output
+from alpaca.models.base import check_generation, load_for_inference
 from config_utils import run_script
 from dataset import SURROGATE, read_texts, task_of, to_example
 

@@ -33,9 +33,10 @@ from alpaca.corpora.convert import convert
 from alpaca.corpora.json_lines import COLUMNS
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
 from alpaca.corpora.problems import PROBLEMS, Problems
+from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
 from config_utils import run_script
-from dataset import INSTRUCT, QUERY_PREFIX, load_tokenizer, read_jsonl
+from dataset import INSTRUCT, QUERY_PREFIX, read_jsonl
 
 CONFIG = {
     "data_name": "demo",  # folder under data/

@@ -18,10 +18,10 @@ from pathlib import Path
 from alpaca.answering.generate import make_grammar, predict_rows
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
+from alpaca.models.adapters import find_adapter, open_output
+from alpaca.models.base import check_generation, load_for_inference
 from alpaca.scoring.metrics import exact, percents, score, table
 from alpaca.scoring.report import write_report
-from alpaca.training.checkpoints import find_adapter, open_output
-from alpaca.training.lora import check_generation, load_for_inference
 from config_utils import run_script
 from dataset import is_ner, labels_of, locate, parse_answer, read_examples, without_rehearsal
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from alpaca.answering.generate import evaluate_f1
 from alpaca.common.console import say
 from alpaca.common.devices import DTYPES, describe_device, init_distributed, resolve_precision
+from alpaca.models.base import load_base
+from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import load_audited_data
 from alpaca.training.checkpoints import (
     BestScore,
@@ -41,12 +43,10 @@ from alpaca.training.lora import (
     end_by_sigterm,
     end_of_step,
     evaluate_loss,
-    load_base,
     make_scheduler,
     seed_step,
 )
 from alpaca.training.prefix_tree import TrainLoader, eval_batches, make_collate
-from dataset import load_tokenizer
 
 CONFIG = {
     # data and model

@@ -26,8 +26,8 @@ from alpaca.answering.generate import make_grammar, predict_rows, stream, withou
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
-from alpaca.training.checkpoints import find_adapter
-from alpaca.training.lora import attach_adapter, check_fit, check_generation, load_for_inference
+from alpaca.models.adapters import find_adapter
+from alpaca.models.base import attach_adapter, check_fit, check_generation, load_for_inference
 from config_utils import load_config, run_script
 from dataset import SURROGATE, build_prompt, encode_prompts, read_texts, task_of, to_example
 

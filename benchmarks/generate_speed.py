@@ -32,20 +32,11 @@ from alpaca.answering import grammar as constraint
 from alpaca.common.console import say
 from alpaca.common.devices import DTYPES, pick_precision
 from alpaca.common.errors import UserError
-from alpaca.training.checkpoints import find_adapter
-from alpaca.training.lora import load_for_inference
+from alpaca.models.adapters import find_adapter
+from alpaca.models.base import load_for_inference
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from config_utils import run_script
-from dataset import (
-    EOS,
-    INSTRUCT,
-    QUERY_PREFIX,
-    encode_examples,
-    format_answer,
-    load_tokenizer,
-    read_examples,
-    read_jsonl,
-    save_tokenizer,
-)
+from dataset import EOS, INSTRUCT, QUERY_PREFIX, encode_examples, format_answer, read_examples, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from alpaca.training.checkpoints import _adapter_or_old, complete_checkpoints
-from alpaca.training.lora import _adapter_shapes
+from alpaca.models.adapters import adapter_or_old, adapter_shapes
+from alpaca.training.checkpoints import complete_checkpoints
 from config_utils import run_script
 from conftest import make_records, read_log, write_jsonl
 
@@ -101,8 +101,8 @@ def adapter(run):
 
 def find_adapter(run):
     """What a loader finds of a run; of one that was killed before it had a checkpoint, where the next has put it."""
-    folders = (_adapter_or_old(folder / "adapter_model") for folder in (run, run.with_name(run.name + ".old")))
-    return next((folder for folder in folders if folder and _adapter_shapes(folder)), None)
+    folders = (adapter_or_old(folder / "adapter_model") for folder in (run, run.with_name(run.name + ".old")))
+    return next((folder for folder in folders if folder and adapter_shapes(folder)), None)
 
 
 def survive(trainer, args, work):

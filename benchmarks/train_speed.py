@@ -41,19 +41,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.common.devices import DTYPES, init_distributed, pick_precision
 from alpaca.common.errors import UserError
-from alpaca.training.lora import load_base
+from alpaca.models.base import load_base
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.training.prefix_tree import pad_batch, tree_row
 from config_utils import run_script
-from dataset import (
-    INSTRUCT,
-    QUERY_PREFIX,
-    encode_examples,
-    format_answer,
-    load_tokenizer,
-    read_examples,
-    read_jsonl,
-    save_tokenizer,
-)
+from dataset import INSTRUCT, QUERY_PREFIX, encode_examples, format_answer, read_examples, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

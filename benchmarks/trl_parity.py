@@ -20,10 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.common.errors import UserError
-from alpaca.training.lora import load_base, make_scheduler
+from alpaca.models.base import load_base
+from alpaca.models.tokenizer import load_tokenizer
+from alpaca.training.lora import make_scheduler
 from alpaca.training.prefix_tree import optimizer_steps
 from config_utils import run_script
-from dataset import encode_examples, load_tokenizer, read_examples
+from dataset import encode_examples, read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.common.errors import UserError
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, show
 from alpaca.weights.llama_files import read_json, read_meta
 from alpaca.weights.llama_layout import expected_shapes, from_meta
 from alpaca.weights.model_writer import computed, new_folder, progress, save_huggingface, specs_of
 from config_utils import run_script
-from dataset import load_tokenizer, save_tokenizer
 
 CONFIG = {
     "input_dir": "./",  # the folder that holds <model_size>/ and, there or beside it, tokenizer.model

@@ -23,13 +23,14 @@ from pathlib import Path
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, which come 3 times as fast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from alpaca.common.errors import UserError
+from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, sha256_of, show
 from alpaca.weights.llama_files import read_base
 from alpaca.weights.llama_layout import EMBEDDING, HEAD, count_files, dims, params_of
 from alpaca.weights.lora_adapters import add_adapters, read_adapter, weights_file
 from alpaca.weights.model_writer import computed, new_folder, progress, save_huggingface, save_pth, specs_of
 from config_utils import load_config, run_script
-from dataset import BOS, EOS, load_tokenizer, tokenizer_sha256
+from dataset import BOS, EOS
 
 CONFIG = {
     "base_model": None,  # the Hugging Face folder of the base, e.g. ./7B-hf

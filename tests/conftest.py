@@ -92,7 +92,7 @@ def base_dir(tmp_path_factory, tokenizer_models):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dataset import load_tokenizer, save_tokenizer
+    from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "base"
     save_tokenizer(tokenizer_models / "alpaca.model", folder)
@@ -128,7 +128,8 @@ def lora_model(base_dir):
     """A float32 model whose adapters are not zero, so that no gradient is."""
     import torch
 
-    from alpaca.training.lora import add_lora, load_base, lora_weights
+    from alpaca.models.base import load_base
+    from alpaca.training.lora import add_lora, lora_weights
 
     model = add_lora(load_base(base_dir, torch.float32, "cpu"), lora_settings())
     torch.manual_seed(1)

@@ -9,9 +9,10 @@ import time
 import pytest
 
 from alpaca.common.errors import UserError
+from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
 from conftest import make_records, run_script, write_jsonl
-from dataset import build_prompt, load_tokenizer
+from dataset import build_prompt
 
 
 def record(text, answer, instruct="找出文本里的人名、地名"):

@@ -12,7 +12,8 @@ from alpaca.common.errors import UserError
 from alpaca.corpora.convert import convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems
-from dataset import EOS, format_answer, load_tokenizer, parse_answer
+from alpaca.models.tokenizer import load_tokenizer
+from dataset import EOS, format_answer, parse_answer
 from process import CONFIG
 
 LABELS = ["人", "人名", "x"]  # one begins like another

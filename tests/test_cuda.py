@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from alpaca.training.lora import add_lora, answer_loss, bind_lora, load_base
+from alpaca.models.base import load_base
+from alpaca.training.lora import add_lora, answer_loss, bind_lora
 from alpaca.training.prefix_tree import TrainLoader, make_collate
 from alpaca.training.tree_attention import compile_layers
 from conftest import lora_settings

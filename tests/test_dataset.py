@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import dataset
 from alpaca.common.errors import UserError
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from conftest import INSTRUCTION, make_records, write_jsonl
 from dataset import (
     EOS,
@@ -22,13 +23,11 @@ from dataset import (
     format_answer,
     gold_entities,
     labels_of,
-    load_tokenizer,
     locate,
     parse_answer,
     read_examples,
     read_jsonl,
     read_texts,
-    save_tokenizer,
     to_example,
     without_rehearsal,
 )

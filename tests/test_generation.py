@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 from alpaca.answering import generate as generation
 from alpaca.answering.generate import Batch, Row, common_prefix, generate, sampler, stream, without_template
 from alpaca.answering.grammar import AnswerGrammar
+from alpaca.models.tokenizer import load_tokenizer
 from conftest import INSTRUCTION, make_records
-from dataset import EOS, build_prompt, encode_prompts, load_tokenizer
+from dataset import EOS, build_prompt, encode_prompts
 
 LABELS = ["人名", "地名"]
 

@@ -20,8 +20,8 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering.generate import generate
-from alpaca.training.checkpoints import find_adapter
-from alpaca.training.lora import load_for_inference
+from alpaca.models.adapters import find_adapter
+from alpaca.models.base import load_for_inference
 from dataset import QUERY_PREFIX, build_prompt, encode_prompts
 from reference_llama import CUT, feed_forward_width, logits
 

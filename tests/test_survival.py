@@ -65,7 +65,7 @@ def test_terminated_killed_and_resumed_equals_uninterrupted(workspace, base_dir,
     result = run_script(f"{trainer}.py", *options, "--resume", cwd=workspace, launcher=launcher, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (run / "adapter_model").exists()
-    loaded = checkpoints._adapter_or_old(run / "adapter_model")
+    loaded = checkpoints.adapter_or_old(run / "adapter_model")
     assert json.loads((loaded / "train_args.json").read_text(encoding="utf-8"))["step"] == stopped
     run_script(f"{trainer}.py", *options, "--resume", cwd=workspace)
     losses = [{row["step"]: row for row in read_log(where) if "loss" in row} for where in (run, done)]
@@ -119,8 +119,9 @@ def test_a_loss_that_is_no_number_ends_the_run(workspace, base_dir, tmp_path, tr
 
 
 def test_lines_of_a_step_are_those_of_the_file(base_dir, instruct_data):
+    from alpaca.models.tokenizer import load_tokenizer
     from alpaca.training.prefix_tree import TrainLoader
-    from dataset import encode_examples, load_tokenizer, read_examples
+    from dataset import encode_examples, read_examples
 
     examples = encode_examples(load_tokenizer(base_dir), read_examples(instruct_data / "train.txt"))
     loaders = [TrainLoader(examples, 2, 3, lambda part: [e.line for e in part], 42, rank, 2) for rank in range(2)]

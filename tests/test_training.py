@@ -23,18 +23,12 @@ import train_trainer
 from alpaca.answering.generate import evaluate_f1, predict_rows
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.common.errors import UserError
+from alpaca.models.base import load_base, load_for_inference
+from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.scoring.metrics import score
 from alpaca.training import checkpoints, lora
 from alpaca.training.checkpoints import BestScore, checkpoint_to_resume
-from alpaca.training.lora import (
-    add_lora,
-    answer_loss,
-    evaluate_loss,
-    load_base,
-    load_for_inference,
-    merged_lora,
-    warmup_linear,
-)
+from alpaca.training.lora import add_lora, answer_loss, evaluate_loss, merged_lora, warmup_linear
 from alpaca.training.prefix_tree import TrainLoader, make_collate, pad_batch
 from config_utils import load_config, parse_config
 from conftest import (
@@ -47,7 +41,7 @@ from conftest import (
     training_options,
     write_jsonl,
 )
-from dataset import encode_examples, load_tokenizer, read_examples, tokenizer_sha256
+from dataset import encode_examples, read_examples
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")

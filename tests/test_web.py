@@ -30,7 +30,7 @@ import web_ner
 from alpaca.answering.generate import generate, make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.errors import UserError
-from alpaca.training.lora import load_for_inference
+from alpaca.models.base import load_for_inference
 from config_utils import load_config, parse_config
 from conftest import free_port
 from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example

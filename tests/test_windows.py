@@ -5,7 +5,8 @@ import time
 from types import SimpleNamespace
 
 from alpaca.answering.windows import cut, cut_examples, join_rows
-from dataset import load_tokenizer, to_example
+from alpaca.models.tokenizer import load_tokenizer
+from dataset import to_example
 
 
 def in_characters(limit):

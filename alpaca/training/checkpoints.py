@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 
 from alpaca.common.console import end_bars, is_main, progress, say
 from alpaca.common.errors import UserError
-from alpaca.training.lora import _adapter_shapes, lora_weights, zero_stage
+from alpaca.models.adapters import adapter_shapes
+from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
+from alpaca.training.lora import lora_weights, zero_stage
 from config_utils import load_config, save_config
-from dataset import PROMPT_SHA256, labels_of, load_tokenizer, query_prefix_of, tokenizer_sha256, without_rehearsal
-
-TRAINERS = ("train_trainer", "train_deepspeed")
+from dataset import PROMPT_SHA256, labels_of, query_prefix_of, without_rehearsal
 
 
 class TrainLog:
@@ -328,7 +328,7 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
         except UserError:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        written = list(_adapter_shapes(new).values())
+        written = list(adapter_shapes(new).values())
         expected = [tuple(weight.shape) for weight in weights.values()]
         assert sorted(map(tuple, written)) == sorted(expected), "the adapter on disk is not the one in memory"
         if target.exists():  # a folder cannot be renamed over a full one
@@ -353,53 +353,3 @@ class BestScore:
             return False
         self.score = score
         return True
-
-
-def find_adapter(data_name, lora_model):
-    """`--lora_model` -> (the adapter's folder, the training's Config, the facts beside it); the base alone: None, None, {}.
-
-    `auto`: the adapter of data_name that was written last, else the shipped one.
-    """
-    if lora_model in (None, "none", "None"):
-        return None, None, {}
-    folder = _adapter_folder(data_name, lora_model)
-    return folder, *load_config(folder / "train_args.json")
-
-
-def _adapter_folder(data_name, lora_model):
-    if lora_model != "auto":
-        folder = _adapter_or_old(Path(lora_model).resolve())
-        if folder is None:
-            inside = Path(lora_model) / "adapter_model"
-            remedy = f"name {inside}" if inside.is_dir() else "train one or name another"
-            raise UserError(f"{lora_model}: no adapter here (adapter_config.json is missing); {remedy}")
-        return folder
-    root = Path("checkpoint") / data_name
-    trained = [folder for name in TRAINERS if (folder := _adapter_or_old(root / name / "adapter_model"))]
-    shipped = _adapter_or_old(root / "shipped" / "adapter_model")
-    if not trained and not shipped:
-        raise UserError(f"{root}: no adapter here; train one with `deepspeed train_trainer.py --data_name={data_name}`")
-    return max(trained, key=lambda p: (p / "adapter_config.json").stat().st_mtime) if trained else shipped
-
-
-def _adapter_or_old(folder):
-    """The folder, or what a save that was cut short between its two renames left of it, or None."""
-    old = folder.with_name(folder.name + ".old")
-    if (folder / "adapter_config.json").is_file():
-        return folder
-    if (old / "adapter_config.json").is_file():
-        say(f"{folder} 不存在，使用上一次保存的 {old}")
-        return old
-    return None
-
-
-def open_output(path, remedy="name another file"):
-    """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then.
-
-    What it holds stays until the caller truncates it, for what else can go wrong before there is an answer.
-    """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from alpaca.common.errors import UserError
+from alpaca.models.tokenizer import how_to_get
 from alpaca.weights.llama_layout import CUT_BY_COLUMNS, EMBEDDING, HEAD, config_of, dims, expected_shapes, meta_names
-from dataset import how_to_get
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 

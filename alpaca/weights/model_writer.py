@@ -23,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from alpaca.common.errors import UserError
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.llama_layout import meta_names, params_of, to_meta
-from dataset import BOS, EOS, load_tokenizer, save_tokenizer
+from dataset import BOS, EOS
 
 FILE_BYTES = 4 * 10**9  # of one safetensors file
 FORMATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}

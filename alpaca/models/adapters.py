@@ -1,0 +1,80 @@
+"""Adapters on disk: which one a command takes, and what it holds."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from alpaca.common.console import say
+from alpaca.common.errors import UserError
+from config_utils import load_config
+
+
+def adapter_shapes(adapter):
+    """{name: shape} of an adapter's file. A pickle is only read as tensors: it runs nothing."""
+    path = adapter / "adapter_model.safetensors"
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_slice(name).get_shape() for name in file.keys()}
+        path = adapter / "adapter_model.bin"
+        if path.is_file():
+            return {name: tuple(t.shape) for name, t in torch.load(path, weights_only=True, mmap=True).items()}
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: not the tensors of an adapter ({first}); train or download it again") from None
+    raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")
+
+
+TRAINERS = ("train_trainer", "train_deepspeed")
+
+
+def find_adapter(data_name, lora_model):
+    """`--lora_model` -> (the adapter's folder, the training's Config, the facts beside it); the base alone: None, None, {}.
+
+    `auto`: the adapter of data_name that was written last, else the shipped one.
+    """
+    if lora_model in (None, "none", "None"):
+        return None, None, {}
+    folder = _adapter_folder(data_name, lora_model)
+    return folder, *load_config(folder / "train_args.json")
+
+
+def _adapter_folder(data_name, lora_model):
+    if lora_model != "auto":
+        folder = adapter_or_old(Path(lora_model).resolve())
+        if folder is None:
+            inside = Path(lora_model) / "adapter_model"
+            remedy = f"name {inside}" if inside.is_dir() else "train one or name another"
+            raise UserError(f"{lora_model}: no adapter here (adapter_config.json is missing); {remedy}")
+        return folder
+    root = Path("checkpoint") / data_name
+    trained = [folder for name in TRAINERS if (folder := adapter_or_old(root / name / "adapter_model"))]
+    shipped = adapter_or_old(root / "shipped" / "adapter_model")
+    if not trained and not shipped:
+        raise UserError(f"{root}: no adapter here; train one with `deepspeed train_trainer.py --data_name={data_name}`")
+    return max(trained, key=lambda p: (p / "adapter_config.json").stat().st_mtime) if trained else shipped
+
+
+def adapter_or_old(folder):
+    """The folder, or what a save that was cut short between its two renames left of it, or None."""
+    old = folder.with_name(folder.name + ".old")
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    if (old / "adapter_config.json").is_file():
+        say(f"{folder} 不存在，使用上一次保存的 {old}")
+        return old
+    return None
+
+
+def open_output(path, remedy="name another file"):
+    """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then.
+
+    What it holds stays until the caller truncates it, for what else can go wrong before there is an answer.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
