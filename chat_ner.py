@@ -9,19 +9,22 @@ training used, and an answer that its text allows. Anything else is free chat, a
 again without the adapter, `/help` says what else there is. An empty line, Ctrl-D or Ctrl-C ends it.
 """
 
+from alpaca.common.start import start
+
+start()
+
 import contextlib
 import json
 
-from alpaca.common.errors import UserError
-from config_utils import run_script  # before the libraries: it refuses versions that do not fit
-
-# isort: split
 import torch
 
-from alpaca.answering.generate import make_grammar, sampler, stream, without_template
+from alpaca.answering.generate import sampler, stream, without_template
+from alpaca.answering.predictions import make_grammar
 from alpaca.common.console import progress, say
+from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
+from config_utils import run_script
 from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
 
 with contextlib.suppress(ImportError):  # some builds of Python have none

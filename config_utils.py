@@ -8,8 +8,7 @@
 Nested keys are joined by `_`, on the command line and as attributes. The type of the default decides the type of an
 option. Where CONFIG holds `deepspeed_json_path`, the leaves of the DeepSpeed file are options as well
 (`--deepspeed_optimizer_params_lr=1e-4`) and `args.deepspeed` is the merged dict. Only the standard library is imported,
-and nothing here knows a device. Importing this refuses versions of the libraries that the code is not for, so a script
-imports it before them. The command line is read here rather than by argparse, whose rule for values that start
+and nothing here knows a device. The command line is read here rather than by argparse, whose rule for values that start
 with `-` differs between Python versions and whose errors are not one line.
 """
 
@@ -17,18 +16,12 @@ import copy
 import errno
 import json
 import os
-import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from alpaca.common.deepspeed_file import _checked_settings, _deepspeed_options, _deepspeed_path
-from alpaca.common.errors import ConfigError, UserError
+from alpaca.common.errors import ConfigError, UserError, fail
 from alpaca.common.option_help import _help
 from alpaca.common.options import Option, _at, _closest, _convert, _dotted, _flatten, _kind, _text
-
-# The first and the last version that this code is for. An older one lacks what it imports; what a newer one changes might
-# show only in what is trained.
-VERSIONS = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "peft": ("0.21", "0.21")}
 
 RUNTIME_KEYS = ("local_rank",)  # set by the launcher for one run, so never saved
 BARE_MEANS_TRUE = ("resume", "compile", "constrained")  # strings whose option may stand alone, as that of a bool may
@@ -73,25 +66,6 @@ ALIASES = {
     "deepspeed_config": "deepspeed_json_path",
     "deepspeed_jaon_path": "deepspeed_json_path",
 }
-
-
-def check_versions():
-    """UserError if a library of VERSIONS is here in another version. One that is missing says so when it is imported."""
-    for name, (first, last) in VERSIONS.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        if not _numbers(first) <= _numbers(found) <= _numbers(last):
-            raise UserError(
-                f"{name} {found}: this needs {first}{f' to {last}' if last != first else ''}; "
-                "`pip install -r requirements.txt` installs the one it is tested with"
-            )
-
-
-def _numbers(text):
-    """2.11.0+cu130 -> (2, 11)."""
-    return tuple(int(number) for number in re.findall("[0-9]+", text)[:2])
 
 
 class Config:
@@ -173,7 +147,7 @@ def parse_config(config, file, argv=None):
             return Config(config)
         args = Config(config, _checked_settings(settings, Config(config), path))
     except UserError as error:
-        _fail(error)
+        fail(error)
     if os.environ.get("RANK", "0") == "0":
         print(f"DeepSpeed 配置: {path}", file=sys.stderr)
     return args
@@ -190,14 +164,14 @@ def run_script(main, config, file, argv=None):
         finally:
             sys.stdout.flush()  # here rather than at exit
     except UserError as error:
-        _fail(error)
+        fail(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
         raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(f"{error.filename or 'output'}: {error.strerror}; free some space there and run it again")
+        fail(f"{error.filename or 'output'}: {error.strerror}; free some space there and run it again")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -229,12 +203,6 @@ def load_config(path):
     if not isinstance(config, dict) or not isinstance(deepspeed, dict | None):
         raise UserError(f'{path}: no "config" of a training run in it; {remedy}')
     return Config(config, deepspeed), saved
-
-
-def _fail(error):
-    # On every rank: the launcher kills the others as soon as one exits, so rank 0 alone might never get to say it.
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-    raise SystemExit(2) from None
 
 
 def _options(config):
@@ -309,16 +277,3 @@ def _read_json(path, remedy):
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}; {remedy}")
     return value
-
-
-def _no_traceback_for_ctrl_c(kind, *error, before=sys.excepthook):
-    """Before run_script does: the libraries take seconds to import."""
-    if kind is not KeyboardInterrupt:
-        before(kind, *error)
-
-
-sys.excepthook = _no_traceback_for_ctrl_c
-try:
-    check_versions()
-except UserError as error:
-    _fail(error)

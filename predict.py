@@ -10,12 +10,16 @@ option, three sentences of our own. Prints the answers, or writes them to --outp
 the order of the texts, as they come. A text that is too long for the model is cut at sentence ends.
 """
 
+from alpaca.common.start import start
+
+start()
+
 import json
 from pathlib import Path
 
 from tqdm import tqdm
 
-from alpaca.answering.generate import make_grammar, predict_rows
+from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError

@@ -21,6 +21,10 @@ added to train.txt: an adapter that is trained on one task alone forgets what it
 Every sentence stays, also those without an entity; only sentences of train that dev holds too are left out.
 """
 
+from alpaca.common.start import start
+
+start()
+
 import json
 import os
 import random

@@ -12,10 +12,14 @@ answers are generated freely, greedily, for every row; with an adapter for NER, 
 (--constrained=False: anything).
 """
 
+from alpaca.common.start import start
+
+start()
+
 import json
 from pathlib import Path
 
-from alpaca.answering.generate import make_grammar, predict_rows
+from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter, open_output

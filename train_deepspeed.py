@@ -9,44 +9,30 @@ ZeRO). Writes <save_dir>/adapter_model/ (weights and train_args.json), checkpoin
 train_log.jsonl and training.png. train_trainer.py is the same recipe in the Hugging Face Trainer.
 """
 
+from alpaca.common.start import start
+
+start()
+
 from functools import partial
 from pathlib import Path
 
-from config_utils import run_script  # before the libraries: it refuses versions that do not fit
-
-# isort: split
 import torch.distributed as dist
 
-from alpaca.answering.generate import evaluate_f1
 from alpaca.common.console import say
 from alpaca.common.devices import DTYPES, describe_device, init_distributed, resolve_precision
 from alpaca.models.base import load_base
 from alpaca.models.tokenizer import load_tokenizer
+from alpaca.training.adapter_writer import BestScore, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data
-from alpaca.training.checkpoints import (
-    BestScore,
-    TrainLog,
-    check_resumed,
-    checkpoint,
-    checkpoint_to_resume,
-    run_facts,
-    save_adapter,
-    start_run,
-    training_facts,
-)
-from alpaca.training.lora import (
-    add_lora,
-    answer_loss,
-    catch_sigterm,
-    check_options,
-    compile_for_training,
-    end_by_sigterm,
-    end_of_step,
-    evaluate_loss,
-    make_scheduler,
-    seed_step,
-)
-from alpaca.training.prefix_tree import TrainLoader, eval_batches, make_collate
+from alpaca.training.batches import TrainLoader, eval_batches
+from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, run_facts, start_run
+from alpaca.training.evaluate import evaluate_f1
+from alpaca.training.lora import add_lora, check_options, compile_for_training
+from alpaca.training.loss import answer_loss, evaluate_loss
+from alpaca.training.prefix_tree import make_collate
+from alpaca.training.run_log import TrainLog
+from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, make_scheduler, seed_step
+from config_utils import run_script
 
 CONFIG = {
     # data and model

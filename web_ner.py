@@ -8,6 +8,10 @@ Offers the adapters found under checkpoint/ that were trained on the same base, 
 what predict.py writes. Nothing is fetched from elsewhere: no fonts, no statistics, no version checks.
 """
 
+from alpaca.common.start import start
+
+start()
+
 import importlib
 import ipaddress
 import json
@@ -22,7 +26,8 @@ from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 
-from alpaca.answering.generate import make_grammar, predict_rows, stream, without_template
+from alpaca.answering.generate import stream, without_template
+from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import say
 from alpaca.common.errors import UserError

@@ -27,7 +27,12 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from alpaca.answering import generate as generation
+from alpaca.common.start import start
+
+start()
+
+from alpaca.answering import batch as batching
+from alpaca.answering import generate as generating
 from alpaca.answering import grammar as constraint
 from alpaca.common.console import say
 from alpaca.common.devices import DTYPES, pick_precision
@@ -111,8 +116,8 @@ def with_transformers(model, tokenizer, examples, batch, forced):
     """Texts by model.generate, batch examples at a time; `forced`: as long as the right answers."""
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     texts = [None] * len(examples)
-    for start in tqdm(range(0, len(order), batch), desc="generate", dynamic_ncols=True):
-        chunk = order[start : start + batch]
+    for first in tqdm(range(0, len(order), batch), desc="generate", dynamic_ncols=True):
+        chunk = order[first : first + batch]
         prompts = [examples[i].prompt_ids for i in chunk]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
@@ -126,7 +131,7 @@ def with_transformers(model, tokenizer, examples, batch, forced):
     return texts
 
 
-class ForcedRow(generation.Row):
+class ForcedRow(batching.Row):
     """A row that says the right answer, whatever the model prefers."""
 
     answers = []
@@ -140,7 +145,7 @@ class ForcedRow(generation.Row):
 def watched(forced, examples, tokenizer):
     """Count what generate.py does meanwhile: {"steps", "tokens_read" from the cache, "constraint": seconds}."""
     counts = {"steps": 0, "tokens_read": 0, "constraint": 0.0}
-    originals = [(generation.Batch, "_read"), (generation, "Row"), (generation, "forbid")]
+    originals = [(batching.Batch, "_read"), (generating, "Row"), (batching, "forbid")]
     originals += [(constraint.AnswerGrammar, name) for name in ("matchers", "masks")]
     originals = [(holder, name, getattr(holder, name)) for holder, name in originals]
 
@@ -159,12 +164,12 @@ def watched(forced, examples, tokenizer):
         counts["tokens_read"] += sum(row.read for row in rows)
         return originals[0][2](batch, rows)
 
-    generation.Batch._read, generation.forbid = read, timed(generation.forbid)
+    batching.Batch._read, batching.forbid = read, timed(batching.forbid)
     for name in ("matchers", "masks"):
         setattr(constraint.AnswerGrammar, name, timed(getattr(constraint.AnswerGrammar, name)))
     if forced:
         ForcedRow.answers, ForcedRow.pieces = [e.answer_ids for e in examples], tokenizer.token_bytes
-        generation.Row = ForcedRow
+        generating.Row = ForcedRow
     try:
         yield counts
     finally:
@@ -204,7 +209,7 @@ def main(args):
                     prompts = [example.prompt_ids for example in examples[part]]
                     rules = (grammar, texts[part]) if how == "constrained" else ()
                     answers = [
-                        a.text for a in generation.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch, *rules)
+                        a.text for a in generating.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch, *rules)
                     ]
                 wait(device)
                 seconds = time.perf_counter() - start

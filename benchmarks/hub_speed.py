@@ -27,6 +27,10 @@ import torch
 from sentencepiece import sentencepiece_model_pb2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.start import start
+
+start()
+
 from alpaca.common.errors import UserError
 from alpaca.weights.llama_layout import config_of, expected_shapes
 from alpaca.weights.model_writer import computed, progress, save_pth, specs_of, write_json

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.start import start
+
+start()
+
 from alpaca.common.errors import UserError
 from config_utils import run_script
 

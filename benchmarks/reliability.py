@@ -68,6 +68,10 @@ torch.save = counted
 sys.addaudithook(hook)
 sys.argv = sys.argv[4:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from alpaca.common.start import start
+
+start()
+
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

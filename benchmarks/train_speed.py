@@ -39,6 +39,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.start import start
+
+start()
+
 from alpaca.common.devices import DTYPES, init_distributed, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base

@@ -19,11 +19,15 @@ from types import SimpleNamespace
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.start import start
+
+start()
+
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.training.lora import make_scheduler
-from alpaca.training.prefix_tree import optimizer_steps
+from alpaca.training.batches import optimizer_steps
+from alpaca.training.steps import make_scheduler
 from config_utils import run_script
 from dataset import encode_examples, read_examples
 

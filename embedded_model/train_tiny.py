@@ -35,6 +35,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+from alpaca.common.start import start
+
+start()
+
 from alpaca.corpora.convert import convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems

@@ -17,6 +17,10 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.start import start
+
+start()
+
 from alpaca.common.errors import UserError
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, show

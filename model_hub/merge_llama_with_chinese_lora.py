@@ -22,6 +22,10 @@ from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, which come 3 times as fast
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from alpaca.common.start import start
+
+start()
+
 from alpaca.common.errors import UserError
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, sha256_of, show

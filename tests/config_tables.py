@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from alpaca.common.option_help import _source
 from alpaca.common.options import _flatten, _text
+from alpaca.corpora.labels import DEFAULT_LABELS
 from dataset import INSTRUCT, QUERY_PREFIX
 
 MODEL_HUB = "model_hub/convert_llama_weights_to_hf.py", "model_hub/merge_llama_with_chinese_lora.py"
@@ -177,7 +178,7 @@ def config_of(script):
     """CONFIG as it stands in the source: importing train_* would take seconds, `import test` another module."""
     for node in ast.parse((ROOT / script).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "CONFIG":
-            names = {"INSTRUCT": INSTRUCT, "QUERY_PREFIX": QUERY_PREFIX}
+            names = {"INSTRUCT": INSTRUCT, "QUERY_PREFIX": QUERY_PREFIX, "DEFAULT_LABELS": DEFAULT_LABELS}
             return eval(compile(ast.Expression(node.value), script, "eval"), names)  # our own source
 
 

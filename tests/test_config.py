@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-import config_utils
+from alpaca.common import start
 from alpaca.common.errors import ConfigError, UserError
 from config_utils import Config, load_config, parse_config, run_script, save_config
 
@@ -598,13 +598,13 @@ def test_load_refuses(text, parts, tmp_path):
     ],
 )
 def test_versions(name, found, wanted, monkeypatch):
-    good = {name: first for name, (first, _) in config_utils.VERSIONS.items()}
-    monkeypatch.setattr(config_utils, "version", lambda library: {**good, name: found}[library])
+    good = {name: first for name, (first, _) in start.VERSIONS.items()}
+    monkeypatch.setattr(start, "version", lambda library: {**good, name: found}[library])
     if wanted is None:
-        config_utils.check_versions()
+        start.check_versions()
         return
     with pytest.raises(UserError) as error:
-        config_utils.check_versions()
+        start.check_versions()
     assert str(error.value).startswith(f"{name} {found}: this needs {wanted}; `pip install -r requirements.txt`")
 
 

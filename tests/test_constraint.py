@@ -6,8 +6,9 @@ import random
 import pytest
 import torch
 
-from alpaca.answering.generate import Row, make_grammar
+from alpaca.answering.batch import Row
 from alpaca.answering.grammar import AnswerGrammar, forbid
+from alpaca.answering.predictions import make_grammar
 from alpaca.common.errors import UserError
 from alpaca.corpora.convert import convert
 from alpaca.corpora.labels import read_labels

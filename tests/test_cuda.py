@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from alpaca.models.base import load_base
-from alpaca.training.lora import add_lora, answer_loss, bind_lora
-from alpaca.training.prefix_tree import TrainLoader, make_collate
-from alpaca.training.tree_attention import compile_layers
+from alpaca.training.batches import TrainLoader
+from alpaca.training.cuda_graphs import compile_layers
+from alpaca.training.lora import add_lora, bind_lora
+from alpaca.training.loss import answer_loss
+from alpaca.training.prefix_tree import make_collate
 from conftest import lora_settings
 from dataset import EOS, TokenizedExample
 

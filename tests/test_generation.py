@@ -9,8 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alpaca.answering import generate as generation
-from alpaca.answering.generate import Batch, Row, common_prefix, generate, sampler, stream, without_template
+from alpaca.answering import batch, memory
+from alpaca.answering import generate as generating
+from alpaca.answering.batch import Batch, Row
+from alpaca.answering.generate import common_prefix, generate, sampler, stream, without_template
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.models.tokenizer import load_tokenizer
 from conftest import INSTRUCTION, make_records
@@ -96,10 +98,8 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     put_off = []
     fit = Batch._fit
     monkeypatch.setattr(Batch, "_fit", lambda self, longest: put_off.extend(rows := fit(self, longest)) or rows)
-    monkeypatch.setattr(generation, "PLACES", 8)
-    monkeypatch.setattr(
-        generation, "free_memory", lambda device: 3 * places * token_bytes / generation.MEMORY_SHARE + 9
-    )
+    monkeypatch.setattr(batch, "PLACES", 8)
+    monkeypatch.setattr(batch, "free_memory", lambda device: 3 * places * token_bytes / batch.MEMORY_SHARE + 9)
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
     assert put_off or constrained  # the longest of the constrained answers are short
 
@@ -120,20 +120,20 @@ CACHED = "active_file 100\ninactive_file 200\ntotal_active_file 10000\ntotal_ina
     ],
 )
 def test_free_memory_is_what_a_container_leaves(tmp_path, monkeypatch, line, files, free):
-    monkeypatch.setattr(generation, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(generation, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
     files = {f"cgroup/{name}": text for name, text in files.items()} | {"proc/meminfo": "MemAvailable: 7000 kB"}
     files |= {f"{Path(name).parent}/memory.stat": CACHED for name in files if "cgroup/" in name}
     files |= {"proc/self/cgroup": f"9:name=systemd:/\n{line}\n"} if line else {}
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert generation.free_memory(torch.device("cpu")) == free
+    assert memory.free_memory(torch.device("cpu")) == free
 
 
 def test_short_prompts_leave_a_long_row_its_places(model, tokenizer, prompts, monkeypatch):
     """They come in while it is still being answered, and alone would need a cache of half the size."""
-    monkeypatch.setattr(generation, "PLACES", 8)
+    monkeypatch.setattr(batch, "PLACES", 8)
     prompts = [(prompts[0][0] * 3)[:480], *prompts[0]]
     alone = answers(model, tokenizer, prompts, batch_size=1)
     assert rounded(answers(model, tokenizer, prompts, batch_size=8)) == rounded(alone)
@@ -160,7 +160,7 @@ def test_an_answer_has_no_more_tokens_than_it_may(model, tokenizer, prompts, con
 
 
 def test_answers_come_in_order_before_all_are_known(model, tokenizer, prompts, monkeypatch):
-    monkeypatch.setattr(generation, "SORTED_BATCHES", 1)
+    monkeypatch.setattr(generating, "SORTED_BATCHES", 1)
     calls = []
     advance = Batch.advance
     monkeypatch.setattr(Batch, "advance", lambda self, waiting: calls.append(len(waiting)) or advance(self, waiting))

@@ -15,7 +15,7 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import TRAINERS, find_adapter
 from alpaca.models.base import DEFAULT_BASE
 from alpaca.scoring import metrics
-from alpaca.training.checkpoints import training_facts
+from alpaca.training.adapter_writer import training_facts
 from conftest import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
 

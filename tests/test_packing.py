@@ -11,22 +11,20 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from alpaca.common.errors import UserError
-from alpaca.training.lora import answer_loss, lora_weights, model_inputs
+from alpaca.training.batches import TrainLoader, added_tokens, eval_batches, optimizer_steps
+from alpaca.training.cuda_graphs import choose_lengths, compile_layers, mask_buffers
+from alpaca.training.lora import lora_weights
+from alpaca.training.loss import answer_loss, model_inputs
 from alpaca.training.prefix_tree import (
     IGNORE_INDEX,
     MIN_SHARED,
-    TrainLoader,
-    added_tokens,
-    eval_batches,
     make_collate,
-    optimizer_steps,
     pad_batch,
     prefix_collator,
     to_tensors,
     tree_mask,
     tree_row,
 )
-from alpaca.training.tree_attention import choose_lengths, compile_layers, mask_buffers
 from dataset import EOS, TokenizedExample
 
 

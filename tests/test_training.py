@@ -20,16 +20,21 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train_trainer
-from alpaca.answering.generate import evaluate_f1, predict_rows
 from alpaca.answering.grammar import AnswerGrammar
+from alpaca.answering.predictions import predict_rows
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base, load_for_inference
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.scoring.metrics import score
 from alpaca.training import checkpoints, lora
-from alpaca.training.checkpoints import BestScore, checkpoint_to_resume
-from alpaca.training.lora import add_lora, answer_loss, evaluate_loss, merged_lora, warmup_linear
-from alpaca.training.prefix_tree import TrainLoader, make_collate, pad_batch
+from alpaca.training.adapter_writer import BestScore
+from alpaca.training.batches import TrainLoader
+from alpaca.training.checkpoints import checkpoint_to_resume
+from alpaca.training.evaluate import evaluate_f1
+from alpaca.training.lora import add_lora, merged_lora
+from alpaca.training.loss import answer_loss, evaluate_loss
+from alpaca.training.prefix_tree import make_collate, pad_batch
+from alpaca.training.steps import warmup_linear
 from config_utils import load_config, parse_config
 from conftest import (
     ROOT,

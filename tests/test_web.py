@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 import web_ner
-from alpaca.answering.generate import generate, make_grammar, predict_rows
+from alpaca.answering.generate import generate
+from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_for_inference

@@ -6,8 +6,6 @@ from collections import Counter
 from tqdm import tqdm
 
 SHOWN = 20  # problems of one kind that are printed one by one; the rest is only counted
-
-
 PROBLEMS = {
     "mismatch": "与文本不符的实体（已从答案去掉）",
     "newline": "含换行的实体（已从答案去掉）",

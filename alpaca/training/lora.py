@@ -1,43 +1,18 @@
-"""The base model, its LoRA, the loss, and what ends a step.
+"""The LoRA of a model in training: added to its base, held as one parameter, compiled, merged for an evaluation."""
 
-Both trainers and the inference scripts share these, because what one trains the other must compute. Reads no corpus.
-"""
-
-import os
-import random
-import signal
-import warnings
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers.utils import logging as transformers_logging
 
-from alpaca.common.console import end_bars, progress, say
+from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.base import check_model_dir
+from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.prefix_tree import PACKINGS
-from alpaca.training.tree_attention import compile_layers, plan_attention
-
-# One line a user can act on is worth more than a page of library notices.
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
-warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, after a warning
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# devices and processes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# model, LoRA, loss
 
 
 def check_options(args):
@@ -141,115 +116,6 @@ def compile_for_training(model, loader, args, pad_id, device):
     graphs = not args.gradient_checkpointing
     lengths = compile_layers(model, loader, args.packing, pad_id, graphs, bind=partial(bind_lora, model))
     say(f"编译各层，行长 {', '.join(map(str, lengths))}；每种行长第一次出现时要等编译")
-
-
-def answer_loss(model, rows, step_tokens):
-    """Summed cross-entropy of a micro-batch over the answer tokens of its whole optimizer step (a float32 scalar).
-
-    rows: what packing's collate made of the examples. Micro-batches and ranks add up to the step's mean.
-    """
-    parameter, compiled = next(model.parameters()), getattr(model, "compiled_layers", None)
-
-    def row_loss(row):
-        inputs = model_inputs(row, parameter.device, compiled, parameter.dtype)
-        return model(**inputs, num_items_in_batch=step_tokens).loss.float()
-
-    try:
-        return torch.stack([row_loss(row) for row in rows]).sum()
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if compiled is None or compiled.proven:
-            raise
-        say(f"编译失败，改为不编译: {type(error).__name__}: {str(error).splitlines()[0]}")
-        compiled.lengths = []
-        return torch.stack([row_loss(row) for row in rows]).sum()
-
-
-def model_inputs(row, device, compiled=None, dtype=torch.float32):
-    """A row on the device, as LlamaForCausalLM takes it. It must not keep a cache: with one, transformers ignores that
-    the examples of a row are apart."""
-    row = {key: value.to(device, non_blocking=True) for key, value in row.items()}
-    if "enter" in row:
-        enter, exit = row.pop("enter"), row.pop("exit")
-        if not (compiled and compiled.load_mask(enter, exit)):
-            row["tree"] = plan_attention(enter, exit, dtype)  # goes through the model to tree_attention.py
-        row["attention_mask"] = torch.ones(1, 1, 1, 1, device=device)  # so that transformers makes none of its own
-        row["labels"] = row["shift_labels"]  # without labels there is no loss
-    return {**row, "use_cache": False}
-
-
-@torch.no_grad()
-def evaluate_loss(model, batches, device, count=None):
-    """Mean cross-entropy per answer token over all batches (lists of rows) of all ranks; `count`: of batches, for a bar."""
-    training, total = model.training, torch.zeros(2, dtype=torch.float64, device=device)
-    model.eval()
-    for rows in progress(batches, total=count, desc="验证", unit="批"):
-        total[0] += answer_loss(model, rows, 1).double()
-        total[1] += sum((row.get("shift_labels", row.get("labels")) >= 0).sum().item() for row in rows)
-    model.train(training)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return (total[0] / total[1]).item()
-
-
-def warmup_linear(step, warmup_steps, total_steps):
-    """The factor on the learning rate at a 0-based step: (step+1)/warmup, then linearly towards 0; never 0 itself."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    return max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)
-
-
-def make_scheduler(optimizer, args, total_steps):
-    warmup_steps = int(args.warmup_ratio * total_steps + 0.5)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: warmup_linear(k, warmup_steps, total_steps))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the end of a step
-
-
-def seed_step(seed, step, rank):
-    """Draw dropout from (seed, step, rank) alone, so that a resumed run needs no generator's state."""
-    torch.manual_seed(random.Random(f"{seed}-{step}-{rank}").getrandbits(63))
-
-
-def catch_sigterm():
-    """From now on SIGTERM only fills the list that is returned; end_of_step makes all ranks see it."""
-    received = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    return received
-
-
-def end_of_step(loss, sigterm, loader, step, lr, train_path):
-    """True if any rank got SIGTERM. UserError, on all ranks, if the loss of any is NaN or infinite.
-
-    loss: this rank's, a scalar tensor. step: 1-based, the one that has ended.
-    """
-    state = torch.stack([~torch.isfinite(loss), torch.tensor(bool(sigterm), device=loss.device)]).int()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    diverged, stop = state.tolist()
-    if diverged:
-        end_bars()
-        lines = ", ".join(map(str, loader.lines(step - 1)))
-        raise UserError(
-            f"step {step}: the loss is NaN or infinite (learning rate {lr:.3g}; {train_path}, lines {lines}); what was "
-            "saved before is intact. Lower --deepspeed_optimizer_params_lr, use --precision=bf16 or fp32, look at those "
-            "lines; --resume goes on from the last checkpoint"
-        )
-    return bool(stop)
-
-
-def end_by_sigterm(step):
-    """Leave with the exit code of a process that SIGTERM ended, after everything is saved."""
-    say(f"收到 SIGTERM，已在第 {step} 步保存；加 --resume 继续")
-    dist.destroy_process_group()
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# inference
 
 
 @contextmanager

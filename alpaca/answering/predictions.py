@@ -1,0 +1,56 @@
+"""Examples -> the rows of predictions.jsonl."""
+
+from alpaca.answering.generate import generate
+from alpaca.answering.grammar import AnswerGrammar
+from alpaca.common.errors import UserError
+from dataset import build_prompt, encode_prompts, gold_entities, locate, parse_answer
+
+
+def make_grammar(constrained, adapter, tokenizer, labels):
+    """`--constrained` -> the AnswerGrammar of all answers, or None. auto: with an adapter that was trained on entities."""
+    if constrained == "False" or constrained == "auto" and not (adapter and labels):
+        return None
+    if not labels:
+        raise UserError(
+            "--constrained=True: no entity types are known here; give data whose answers are 实体_类型 lines"
+        )
+    return AnswerGrammar(tokenizer, labels)
+
+
+def predict_rows(model, tokenizer, examples, labels, max_new_tokens=512, batch_size=64, grammar=None):
+    """Yield the row of predictions.jsonl of each example (dataset.read_examples), in order.
+
+    A row: {"text", "answer", "prediction", "entities", "log_probability"}, "gold" where there is a right answer and
+    "problems" where there are any. `gold` (exact spans) and `problems` (counts) let metrics be recomputed from the file.
+    labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold.
+    """
+    prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
+    texts = [example["text"] for example in examples]
+    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts)
+    for example, answer in zip(examples, answers, strict=True):
+        yield _row(example, answer, labels)
+
+
+def _row(example, answer, labels):
+    ner = labels is not None
+    parsed = parse_answer((ner and answer.text) or "", example["text"], labels)
+    row = {
+        **({} if ner else {"instruct": example["instruct"]}),
+        "text": example["text"],
+        "answer": example["answer"],
+        "prediction": answer.text,
+        "entities": locate(example["text"], parsed.entities),
+    }
+    if answer.text is not None:
+        lines = [line.replace("\r", "") for line in answer.text.split("\n")]
+        confidences = dict(reversed(list(zip(lines, answer.confidences, strict=False))))  # of a line's first occurrence
+        for entity in row["entities"]:
+            entity["confidence"] = round(confidences[f"{entity['entity']}_{entity['type']}"], 4)
+        row["log_probability"] = round(answer.log_probability, 4)
+    if ner and example["answer"] is not None:
+        row["gold"] = gold_entities(example)
+    problems = {name: len(getattr(parsed, name)) for name in ("malformed", "unknown_type", "not_in_text", "repeated")}
+    problems["repeated"] += answer.repeated
+    problems |= {"abandoned": answer.abandoned, "cut": int(answer.text is not None and not answer.ended)}
+    problems = {name: count for name, count in problems.items() if count}
+    return {**row, "problems": problems} if problems else row

@@ -1,0 +1,62 @@
+"""What every command does first: `from alpaca.common.start import start; start()`, before it imports the libraries.
+
+It refuses versions of the libraries that the code is not for, so it must come before they are imported.
+"""
+
+import os
+import re
+import sys
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+from alpaca.common.errors import UserError, fail
+
+# The first and the last version that this code is for. An older one lacks what it imports; what a newer one changes might
+# show only in what is trained.
+VERSIONS = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "peft": ("0.21", "0.21")}
+
+
+def start():
+    """Refuse versions that do not fit, end Ctrl-C without a traceback, and keep the libraries' notices off the screen."""
+    sys.excepthook = _without_traceback_for_ctrl_c
+    try:
+        check_versions()
+    except UserError as error:
+        fail(error)
+    # One line that a user can act on is worth more than a page of library notices.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
+    if not find_spec("torch"):
+        return  # whatever needs it says so when it is imported
+
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, after a warning
+
+
+def _without_traceback_for_ctrl_c(kind, *error):
+    """run_script ends Ctrl-C too, but the libraries take seconds to import before it runs."""
+    if kind is not KeyboardInterrupt:
+        sys.__excepthook__(kind, *error)
+
+
+def check_versions():
+    """UserError if a library of VERSIONS is here in another version. One that is missing says so when it is imported."""
+    for name, (first, last) in VERSIONS.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if not _numbers(first) <= _numbers(found) <= _numbers(last):
+            raise UserError(
+                f"{name} {found}: this needs {first}{f' to {last}' if last != first else ''}; "
+                "`pip install -r requirements.txt` installs the one it is tested with"
+            )
+
+
+def _numbers(text):
+    """2.11.0+cu130 -> (2, 11)."""
+    return tuple(int(number) for number in re.findall("[0-9]+", text)[:2])

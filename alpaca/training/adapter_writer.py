@@ -1,0 +1,98 @@
+"""What training writes for inference: adapter_model/ with its facts, the newest or the best."""
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from alpaca.common.console import is_main
+from alpaca.common.errors import UserError
+from alpaca.models.adapters import adapter_shapes
+from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
+from alpaca.training.checkpoints import saving
+from alpaca.training.lora import lora_weights
+from config_utils import load_config, save_config
+from dataset import PROMPT_SHA256, labels_of, query_prefix_of, without_rehearsal
+
+
+def training_facts(args, records):
+    """What inference must know about a run besides its CONFIG; stands in train_args.json beside the adapter."""
+    packages = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
+    records = without_rehearsal(records)
+    labels = labels_of(records)
+    if args.eval_examples > 0 and not labels:
+        raise UserError(
+            "--eval_examples: the training answers are no 实体_类型 lines, so there is no F1; give 0, choose the adapter "
+            "with --best=loss and measure it with test.py --metric=exact"
+        )
+    return {
+        "prompt_sha256": PROMPT_SHA256,
+        "tokenizer_sha256": tokenizer_sha256(args.model_dir),
+        "instructs": list(dict.fromkeys(record["instruct"] for record in records)),
+        "labels": labels,
+        "query_prefix": query_prefix_of(records),
+        "text_tokens": usual_length(args.model_dir, records),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def usual_length(model_dir, records):
+    """The tokens of the training texts at their 80th percentile; predict.py joins no sentences to longer windows."""
+    lengths = sorted(map(len, load_tokenizer(model_dir).encode_texts([record["text"] for record in records])))
+    return lengths[(len(lengths) - 1) * 4 // 5]
+
+
+def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
+    """Write <save_dir>/adapter_model/ whole or not at all: LoRA weights, adapter_config.json, train_args.json.
+
+    All ranks call it (under ZeRO-3 they hold the weights together); rank 0 writes.
+    """
+    import deepspeed
+
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with deepspeed.zero.GatheredParameters(list(trainable.values())):
+        if not is_main():
+            return
+        weights = lora_weights(model, model.lora.detach()) if "lora" in trainable else trainable
+        weights = {name: weight.detach().clone() for name, weight in weights.items()}  # not views of one storage
+        lora_b = [weight for name, weight in weights.items() if "lora_B" in name]
+        assert lora_b and any(weight.abs().max() > 0 for weight in lora_b), "the adapter is empty: nothing was trained"
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise UserError(f"step {step}: the LoRA holds NaN or infinite weights; the adapter saved before is kept")
+        target = Path(save_dir) / "adapter_model"
+        new, old = target.with_name("adapter_model.new"), target.with_name("adapter_model.old")
+        try:
+            with saving(target):
+                shutil.rmtree(new, ignore_errors=True)
+                model.save_pretrained(
+                    new, safe_serialization=args.safe_serialization, save_embedding_layers=False, state_dict=weights
+                )
+                (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+                save_config(args, new / "train_args.json", deepspeed=deepspeed_config, **facts, step=step)
+        except UserError:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        written = list(adapter_shapes(new).values())
+        expected = [tuple(weight.shape) for weight in weights.values()]
+        assert sorted(map(tuple, written)) == sorted(expected), "the adapter on disk is not the one in memory"
+        if target.exists():  # a folder cannot be renamed over a full one
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+class BestScore:
+    """Which evaluated states are to become adapter_model/: those that score better than the one that is there."""
+
+    def __init__(self, save_dir, metric):
+        self.key, self.sign = f"eval_{metric}", -1 if metric == "loss" else 1
+        path = Path(save_dir) / "adapter_model" / "train_args.json"  # of a run that is resumed
+        self.score = load_config(path)[1].get(self.key) if path.is_file() else None
+
+    def improves(self, scores):
+        """Whether {"eval_loss", …} of a state beats the best so far; never with --best=last."""
+        score = scores.get(self.key)
+        if score is None or self.score is not None and self.sign * score <= self.sign * self.score:
+            return False
+        self.score = score
+        return True

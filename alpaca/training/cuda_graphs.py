@@ -1,0 +1,231 @@
+"""The decoder layers on CUDA, compiled for tree rows of few lengths and replayed as CUDA graphs."""
+
+from bisect import bisect_right
+from collections import namedtuple
+from functools import partial
+from itertools import islice
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.functional import pad
+
+from alpaca.common.errors import UserError
+from alpaca.training.prefix_tree import make_collate, tree_mask
+
+ROW_MULTIPLE = 128  # FlexAttention's block size
+ROW_LENGTHS = 6  # each costs a compilation and a captured graph; with four, 64 MSRA examples are padded 5 %, not 3
+SAMPLED_BATCHES = 256  # enough to know how long rows get
+
+
+def choose_lengths(lengths, count=ROW_LENGTHS):
+    """The `count` row lengths, multiples of ROW_MULTIPLE, to which rows of these lengths are padded with least waste.
+
+    A last one, an eighth longer than the longest seen, takes what later epochs may bring.
+    """
+    seen = sorted(-(-n // ROW_MULTIPLE) for n in lengths)  # in blocks
+    sizes = sorted(set(seen))
+    cost = {(0, -1): (0, ())}  # (lengths used, index of the largest) -> (padded blocks in all, lengths)
+    for used in range(1, min(count - 1, len(sizes)) + 1):
+        for j in range(used - 1, len(sizes)):
+            best = min(
+                (
+                    total + sizes[j] * (bisect_right(seen, sizes[j]) - (bisect_right(seen, sizes[i]) if i >= 0 else 0)),
+                    chosen,
+                )
+                for (u, i), (total, chosen) in cost.items()
+                if u == used - 1 and i < j
+            )
+            cost[used, j] = (best[0], (*best[1], sizes[j]))
+    _, chosen = min(value for (_, j), value in cost.items() if j == len(sizes) - 1)
+    return [n * ROW_MULTIPLE for n in (*chosen, -(-chosen[-1] * 9 // 8))]
+
+
+def compile_layers(model, loader, packing, pad_id, graphs, bind):
+    """Compile a PEFT model's layers for the rows that `loader` gives; from then on it pads them to few lengths.
+
+    The lengths are the same on all ranks: those of rank 0's rows. A rank that met one later would compile it later,
+    and the others would wait.
+    model.lora: the one trainable parameter. bind(flat): lets the layers compute with views of another in its place.
+    """
+    lengths, rank, loader.rank = [], loader.rank, 0
+    for epoch in range(-(-SAMPLED_BATCHES // len(loader))):
+        loader.set_epoch(epoch)
+        batches = islice(loader, SAMPLED_BATCHES - epoch * len(loader))
+        lengths += [row["input_ids"].shape[1] for batch in batches for row in batch["rows"]]
+    loader.set_epoch(0)
+    loader.rank = rank
+    lengths = choose_lengths(lengths)
+    model.compiled_layers = CompiledLayers(model, lengths, graphs, bind)
+    loader.collate = make_collate(packing, pad_id, lengths)
+    return lengths
+
+
+class CompiledLayers:
+    """A PEFT model's decoder layers, compiled for tree rows of a few lengths and replayed as CUDA graphs.
+
+    transformers' LlamaModel goes on as it is: only the `forward` of its layers is exchanged, on this instance. Each
+    length has a FlexAttention BlockMask in fixed buffers, made anew from the row's enter and exit, by the graph itself
+    where there is one. The gradient of model.lora goes through autograd as ever, so DeepSpeed's hook on it runs.
+    """
+
+    def __init__(self, model, lengths, graphs, bind):
+        self.model, self.body = model, model.get_base_model().model
+        self.lengths, self.graphs, self.bind = lengths, graphs, bind
+        self.masks, self.graphed, self.length = {}, {}, None  # length: of the row being computed, None: not compiled
+        self.proven = False  # whether a compiled row has ever come out
+        self.pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no two lengths are ever in use at once
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(lengths))
+        self.originals = [layer.forward for layer in self.body.layers]
+        self.compiled = [torch.compile(forward, dynamic=False) for forward in self.originals]
+        for i, layer in enumerate(self.body.layers):
+            layer.forward = partial(self._layer, i)
+
+    @property
+    def replays(self):
+        """Whether the row being computed goes through a captured graph."""
+        return self.graphs and self.length is not None and torch.is_grad_enabled()
+
+    def load_mask(self, enter, exit):
+        """Take a row's mask, int tensors [1, length], for the next forward; False if that row is not to be compiled."""
+        length = enter.shape[1]
+        self.length = length if length in self.lengths and torch.is_grad_enabled() else None
+        if self.length is None:
+            return False
+        self._make_mask(length, enter.device)
+        self.masks[length][0].copy_(torch.cat([enter, exit]))
+        if not self.graphs:
+            self._renew_mask(length)
+        return True
+
+    def _make_mask(self, length, device):
+        if length in self.masks:
+            return
+        limits = torch.zeros(2, length, dtype=torch.int32, device=device)
+
+        def sees(batch, head, q, k):
+            return (k <= q) & (limits[0, k] <= limits[0, q]) & (limits[0, q] < limits[1, k])
+
+        self.masks[length] = (limits, create_block_mask(sees, None, None, length, length, device))
+
+    def _renew_mask(self, length):
+        limits, mask = self.masks[length]
+        for name, fresh in mask_buffers(*limits).items():
+            getattr(mask, name).copy_(fresh)
+        return mask
+
+    def _layer(self, i, hidden_states, *args, **kwargs):
+        if self.length is None or not torch.is_grad_enabled():
+            return self.originals[i](hidden_states, *args, **kwargs)
+        if not self.graphs:
+            mask = self.masks[self.length][1]
+            hidden_states = self.compiled[i](hidden_states, *args, **{**kwargs, "attention_mask": mask})
+            self.proven = True
+            return hidden_states
+        if i:
+            return hidden_states  # the first layer's call has gone through all of them
+        inputs = (hidden_states, *kwargs["position_embeddings"])
+        if self.length not in self.graphed:
+            # The longest first, whether it is met or not: the others then find room in what it has allocated. In the
+            # order of their first use, 192 examples of a 7B ran out of 80 GB; like this they take 61.5 GiB.
+            # Without drawing from the step's generator: a resumed run captures in other steps than one uninterrupted.
+            with torch.random.fork_rng([hidden_states.device]):
+                for length in dict.fromkeys((max(self.lengths), self.length)):
+                    if length not in self.graphed:
+                        self._make_mask(length, hidden_states.device)
+                        longer = (0, 0, 0, length - self.length)
+                        self.graphed[length] = self._capture(length, [pad(tensor, longer) for tensor in inputs])
+            self.proven = True
+        return _Replay.apply(self.graphed[self.length], *inputs, self.model.lora)
+
+    def _capture(self, length, inputs):
+        """Forward and backward through all layers as two CUDA graphs, for rows like `inputs` (hidden states, cos, sin).
+
+        torch.cuda.make_graphed_callables does not fit: DeepSpeed's hook has tied the parameter's gradient node to the
+        default stream, which must not take part in a capture. So it goes through a stand-in that shares its memory.
+        """
+        inputs = [tensor.detach().clone() for tensor in inputs]
+        lora, forward = torch.nn.Parameter(self.model.lora.detach()), None
+
+        def run():
+            self.bind(lora)  # here, since the views' gradients flow on the stream on which they were made
+            mask, (hidden_states, *rotary) = self._renew_mask(length), inputs
+            for forward in self.compiled:
+                hidden_states = forward(hidden_states, attention_mask=mask, position_embeddings=tuple(rotary))
+            return hidden_states
+
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                # Compiles, tunes and allocates what must not happen during a capture. Layer by layer, since the
+                # activations of all of them would need their memory twice: here and in the graphs of other lengths.
+                for _ in range(2):
+                    self.bind(lora)
+                    mask, (hidden_states, *rotary) = self._renew_mask(length), inputs
+                    for layer in self.compiled:
+                        output = layer(hidden_states, attention_mask=mask, position_embeddings=tuple(rotary))
+                        torch.autograd.grad(output, lora, torch.zeros_like(output))
+                        hidden_states = output.detach().requires_grad_()
+                del output, hidden_states
+            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.synchronize()
+            forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            # "thread_local": what NCCL's threads do meanwhile is none of the capture's business
+            with torch.cuda.graph(forward, pool=self.pool, capture_error_mode="thread_local"):
+                output = run()
+            output_gradient = torch.zeros_like(output)
+            with torch.cuda.graph(backward, pool=self.pool, capture_error_mode="thread_local"):
+                (gradient,) = torch.autograd.grad(output, lora, output_gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if forward is None:  # it did not even compile; the caller goes on without
+                raise
+            # a broken capture leaves torch's allocator unable to reuse memory
+            raise UserError(f"CUDA graph capture failed ({str(error).splitlines()[0]}); use --compile=False") from None
+        return _Captured(forward, backward, inputs, output.detach(), output_gradient, gradient)
+
+
+def mask_buffers(enter, exit):
+    """The tensors of the BlockMask of a tree row, int32 [1, 1, blocks] and [1, 1, blocks, blocks], by their names.
+
+    What create_block_mask computes (blocks are ROW_MULTIPLE wide), with nothing that could not be part of a CUDA graph.
+    enter, exit: int [length].
+    """
+    blocks = len(enter) // ROW_MULTIPLE
+    seen = tree_mask(enter, exit).view(blocks, ROW_MULTIPLE, blocks, ROW_MULTIPLE).sum((1, 3))
+    full = seen == ROW_MULTIPLE**2
+    kinds = {"": (seen > 0) & ~full, "full_": full}
+    buffers = {}
+    for side in ("kv", "q"):
+        for kind, chosen in kinds.items():
+            chosen = chosen if side == "kv" else chosen.T
+            # the chosen ones first, in their order, then the others
+            place = torch.where(chosen, chosen.cumsum(-1), chosen.sum(-1, keepdim=True) + (~chosen).cumsum(-1)) - 1
+            columns = torch.arange(blocks, device=enter.device).expand(blocks, blocks)
+            buffers[f"{kind}{side}_num_blocks"] = chosen.sum(-1)[None, None].int()
+            buffers[f"{kind}{side}_indices"] = torch.empty_like(place).scatter_(-1, place, columns)[None, None].int()
+    return buffers
+
+
+_Captured = namedtuple("_Captured", "forward backward inputs output output_gradient gradient")
+
+
+class _Replay(torch.autograd.Function):
+    """The captured layers as one differentiable operation."""
+
+    @staticmethod
+    def forward(ctx, captured, *tensors):
+        for buffer, tensor in zip(captured.inputs, tensors[:-1], strict=True):  # the parameter is read in place
+            buffer.copy_(tensor)
+        captured.forward.replay()
+        ctx.captured = captured
+        return captured.output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        captured = ctx.captured
+        captured.output_gradient.copy_(gradient)
+        captured.backward.replay()
+        # The buffer itself: autograd copies a gradient that somebody else still holds before it keeps it.
+        return None, *(None for _ in captured.inputs), captured.gradient
