@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from alpaca.models.adapters import adapter_or_old, adapter_shapes
 from alpaca.training.checkpoints import complete_checkpoints
 from config_utils import run_script
-from conftest import make_records, read_log, write_jsonl
+from harness import make_records, read_log, write_jsonl
 
 CONFIG = {
     "trainers": ["train_deepspeed", "train_trainer"],  # whose runs are killed
@@ -163,7 +163,7 @@ def main(args):
             write_jsonl(work / "dev.txt", make_records(5, 2))
             print(json.dumps({**survive(trainer, args, work), "seconds": round(time.time() - start)}), flush=True)
     if args.fuzz:
-        tests = ["tests/test_survival.py", "tests/test_ranks.py", "tests/test_untrusted.py"]
+        tests = ["tests/training/test_survival.py", "tests/training/test_ranks.py", "tests/test_untrusted.py"]
         env = {**os.environ, "FUZZ": str(args.fuzz), "STAGES": "0,1,2,3"}
         raise SystemExit(subprocess.call([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=env))
 

@@ -16,8 +16,8 @@ from alpaca.models.adapters import TRAINERS, find_adapter
 from alpaca.models.base import DEFAULT_BASE
 from alpaca.scoring import metrics
 from alpaca.training.adapter_writer import training_facts
-from conftest import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 from dataset import build_prompt, parse_answer, read_examples
+from harness import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 
 SHORT = ["--precision=fp32", "--max_new_tokens=8"]  # a random model never says eos by itself
 

@@ -19,7 +19,7 @@ import pytest
 
 import config_tables
 from alpaca.common.option_help import _source
-from conftest import free_port
+from harness import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README_EN.md")

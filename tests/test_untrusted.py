@@ -26,7 +26,6 @@ from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training import lora
 from config_tables import config_of
 from config_utils import ALIASES, Config, _options, load_config, parse_config
-from conftest import ROOT, free_port, make_records, run_script, write_jsonl
 from dataset import (
     EOS,
     PROMPT,
@@ -37,6 +36,7 @@ from dataset import (
     parse_answer,
     read_examples,
 )
+from harness import ROOT, free_port, make_records, run_script, write_jsonl
 
 CASES = int(os.environ.get("FUZZ", "300"))
 fuzz = settings(max_examples=CASES, deadline=None, database=None)

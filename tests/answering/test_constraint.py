@@ -1,4 +1,4 @@
-"""What an answer may say, by brute force and at random.     python -m pytest tests/test_constraint.py"""
+"""What an answer may say, by brute force and at random.     python -m pytest tests/answering/test_constraint.py"""
 
 import itertools
 import random

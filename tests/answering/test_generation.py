@@ -1,4 +1,4 @@
-"""Greedy answers are those of the model, whatever is computed together.     python -m pytest tests/test_generation.py"""
+"""Greedy answers are those of the model, whatever is computed together.     python -m pytest tests/answering/test_generation.py"""
 
 import random
 from collections import Counter
@@ -15,8 +15,8 @@ from alpaca.answering.batch import Batch, Row
 from alpaca.answering.generate import common_prefix, generate, sampler, stream, without_template
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.models.tokenizer import load_tokenizer
-from conftest import INSTRUCTION, make_records
 from dataset import EOS, build_prompt, encode_prompts
+from harness import INSTRUCTION, make_records
 
 LABELS = ["人名", "地名"]
 

@@ -1,9 +1,9 @@
-"""The page in a real browser.     python -m pytest tests/test_web.py
+"""The page in a real browser.     python -m pytest tests/page/test_web.py
 
 Needs gradio, playwright and the system's chromium, else what needs them is skipped. The picture of README.md, with the
 demo's adapter as it is now, after `make tiny`:
 
-    python tests/test_web.py benchmarks/results/web_ner.png
+    python tests/page/test_web.py benchmarks/results/web_ner.png
 """
 
 import json
@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 import web_ner
@@ -33,8 +33,8 @@ from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_for_inference
 from config_utils import load_config, parse_config
-from conftest import free_port
 from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example
+from harness import free_port
 
 TOKENS = 24
 TEXT = '王明说：<b>${1+1}</b> {{value}} `北京`\\n & "上海"。\n李华去年在长沙。'

@@ -1,6 +1,6 @@
 """Which examples a step has, and that a packed row computes exactly what single examples do.
 
-python -m pytest tests/test_packing.py
+python -m pytest tests/training/test_packing.py
 """
 
 import itertools

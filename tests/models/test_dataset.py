@@ -1,4 +1,4 @@
-"""Text <-> ids <-> entities.     python -m pytest tests/test_dataset.py"""
+"""Text <-> ids <-> entities.     python -m pytest tests/models/test_dataset.py"""
 
 import hashlib
 import json
@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 import dataset
 from alpaca.common.errors import UserError
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
-from conftest import INSTRUCTION, make_records, write_jsonl
 from dataset import (
     EOS,
     INSTRUCT,
@@ -31,6 +30,7 @@ from dataset import (
     to_example,
     without_rehearsal,
 )
+from harness import INSTRUCTION, make_records, write_jsonl
 
 HARD_TEXTS = [
     "北京大学生去年在上海说新闻记者被评为北京市日报",  # overlapping words of equal score

@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_process.py: corpora of a few lines through process.py."""
+"""python -m pytest tests/corpora/test_process.py: corpora of a few lines through process.py."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """The two trainers: the same losses, the same adapter, nothing a fresh machine lacks.
 
-python -m pytest tests/test_training.py
+python -m pytest tests/training/test_training.py
 """
 
 import json
@@ -36,7 +36,8 @@ from alpaca.training.loss import answer_loss, evaluate_loss
 from alpaca.training.prefix_tree import make_collate, pad_batch
 from alpaca.training.steps import warmup_linear
 from config_utils import load_config, parse_config
-from conftest import (
+from dataset import encode_examples, read_examples
+from harness import (
     ROOT,
     assert_same_adapter,
     assert_same_rows,
@@ -46,7 +47,6 @@ from conftest import (
     training_options,
     write_jsonl,
 )
-from dataset import encode_examples, read_examples
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 COMPILER = re.compile(r"(.*-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|c89|c99)(-[0-9.]+)?")

@@ -25,11 +25,12 @@ from alpaca.models.base import load_for_inference
 from dataset import QUERY_PREFIX, build_prompt, encode_prompts
 from reference_llama import CUT, feed_forward_width, logits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 HUB, SHIPPED = ROOT / "model_hub", ROOT / "checkpoint/demo/shipped/adapter_model"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert
 import merge_llama_with_chinese_lora as merge
+
 from alpaca.weights import llama_layout
 from alpaca.weights.checksums import PUBLISHED
 from config_utils import run_script

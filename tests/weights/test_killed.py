@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-HUB = Path(__file__).resolve().parent.parent / "model_hub"
+HUB = Path(__file__).resolve().parent.parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 from alpaca.common.errors import UserError
 from alpaca.weights.llama_files import read_base, read_meta

@@ -1,4 +1,4 @@
-"""Long texts in windows, and their rows joined.     python -m pytest tests/test_windows.py"""
+"""Long texts in windows, and their rows joined.     python -m pytest tests/answering/test_windows.py"""
 
 import random
 import time

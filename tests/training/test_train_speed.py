@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from alpaca.common.errors import UserError
 from config_utils import parse_config
-from conftest import ROOT
-from test_ranks import needs_two_gpus
+from harness import ROOT, needs_two_gpus
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_speed

@@ -1,4 +1,4 @@
-"""What the audit of instruct data finds, and that it comes before the weights.     python -m pytest tests/test_audit.py"""
+"""What the audit of instruct data finds, and that it comes before the weights.     python -m pytest tests/training/test_audit.py"""
 
 import io
 import json
@@ -11,8 +11,8 @@ import pytest
 from alpaca.common.errors import UserError
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
-from conftest import make_records, run_script, write_jsonl
 from dataset import build_prompt
+from harness import make_records, run_script, write_jsonl
 
 
 def record(text, answer, instruct="找出文本里的人名、地名"):

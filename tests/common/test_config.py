@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_config.py: every row of the Config and deepspeed.json rules."""
+"""python -m pytest tests/common/test_config.py: every row of the Config and deepspeed.json rules."""
 
 import copy
 import json

@@ -1,7 +1,7 @@
 """Two ranks on one CPU, through the deepspeed launcher: the same run as one rank's, also when SIGTERM ends it half way.
 
-python -m pytest tests/test_ranks.py
-STAGES=0,1,2,3 python -m pytest tests/test_ranks.py         # every ZeRO stage in both trainers; 1 and 3 without it
+python -m pytest tests/training/test_ranks.py
+STAGES=0,1,2,3 python -m pytest tests/training/test_ranks.py         # every ZeRO stage in both trainers; 1 and 3 without it
 """
 
 import os
@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from alpaca.training.checkpoints import complete_checkpoints, step_of
-from conftest import ROOT, free_port, make_records, read_log, run_script, write_jsonl
+from harness import ROOT, free_port, make_records, needs_two_gpus, read_log, run_script, write_jsonl
 
-# NCCL wants a GPU a rank; without any GPU it is gloo.
-needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs or none")
 RUNS = [("train_deepspeed", 1), ("train_trainer", 3)]
 if os.environ.get("STAGES"):
     RUNS = [(t, int(stage)) for t in ("train_deepspeed", "train_trainer") for stage in os.environ["STAGES"].split(",")]
+
+# NCCL wants a GPU a rank; without any GPU it is gloo.
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_tiny_text.py: the text and the tasks that the embedded model is pretrained on."""
+"""python -m pytest tests/embedded_model/test_tiny_text.py: the text and the tasks that the embedded model is pretrained on."""
 
 import importlib.util
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from conftest import ROOT
+from harness import ROOT
 
 pytest.importorskip("jieba", reason="only the training of the embedded model needs jieba's dictionary")
 from embedded_model import dictionary, tasks

@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_demo.py: the demo corpus, its generator, its split, and what memory and rules reach on it."""
+"""python -m pytest tests/embedded_model/test_demo.py: the demo corpus, its generator, its split, and what memory and rules reach on it."""
 
 import collections
 import json
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import ROOT
+from harness import ROOT
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 import demo_baselines

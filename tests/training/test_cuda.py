@@ -12,8 +12,8 @@ from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.lora import add_lora, bind_lora
 from alpaca.training.loss import answer_loss
 from alpaca.training.prefix_tree import make_collate
-from conftest import lora_settings
 from dataset import EOS, TokenizedExample
+from harness import lora_settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

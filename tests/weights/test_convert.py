@@ -20,9 +20,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from reference_llama import PARAMS, logits, random_weights, write_meta_folder
 
-HUB = Path(__file__).resolve().parent.parent / "model_hub"
+HUB = Path(__file__).resolve().parent.parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert
+
 from alpaca.weights import model_writer
 from alpaca.weights.checksums import PUBLISHED
 from config_utils import run_script

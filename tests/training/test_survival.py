@@ -1,6 +1,6 @@
 """What a training run survives: SIGTERM, SIGKILL, a full disk, NaN; and that resuming is exact.
 
-python -m pytest tests/test_survival.py
+python -m pytest tests/training/test_survival.py
 """
 
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from alpaca.common.errors import UserError
 from alpaca.training import checkpoints
 from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
-from conftest import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
+from harness import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 # Runs a script, and kills it when the new adapter is about to be moved to where the old one was.

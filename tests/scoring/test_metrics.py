@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_metrics.py: scores of rows counted by hand."""
+"""python -m pytest tests/scoring/test_metrics.py: scores of rows counted by hand."""
 
 import json
 import random
