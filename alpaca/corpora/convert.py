@@ -20,11 +20,10 @@ def detect_format(path):
     )
 
 
-def to_example(sentence, path, labels, instruct, query_prefix, problems):
-    """A sentence of a reader -> an example; entities that cannot be answered with are left out and reported."""
-    number, text, found = sentence
-    entities = []
-    for begin, end, tag, entity, line in found:
+def example_of(sentence, path, labels, instruct, query_prefix, problems):
+    """A Sentence -> an example of instruction data; entities that cannot be answered with are left out and reported."""
+    text, entities = sentence.text, []
+    for begin, end, tag, entity, line in sentence.marks:
         if tag not in labels:
             known = ",".join(f"{key}:{name}" for key, name in labels.items())
             raise UserError(f"{path}:{line}: unknown entity type {tag!r}; name it: --labels={known},{tag}:名称")
@@ -52,10 +51,10 @@ def convert(path, form, labels, instruct, query_prefix, problems):
     sentences = read_json_sentences(path) if form == "jsonl" else read_tagged_sentences(path, problems)
     examples = []
     for sentence in tqdm(sentences, desc=str(path), unit=" 句", delay=1, disable=None):
-        if sentence[1].strip():
-            examples.append(to_example(sentence, path, labels, instruct, query_prefix, problems))
+        if sentence.text.strip():
+            examples.append(example_of(sentence, path, labels, instruct, query_prefix, problems))
         else:
-            problems.add("empty", path, sentence[0], repr(sentence[1]))
+            problems.add("empty", path, sentence.line, repr(sentence.text))
     if not examples:
         raise UserError(f"{path}: no sentence in it")
     return examples

@@ -1,13 +1,14 @@
 """JSON-lines corpora: one sentence with its entities a line."""
 
 from alpaca.common.errors import UserError
+from alpaca.corpora.sentences import Mark, Sentence
 from dataset import read_jsonl
 
 COLUMNS = ("instruct", "query", "answer")
 
 
 def read_json_sentences(path):
-    """Yield (line number, text, [(begin, end, tag, entity, line number)]) of a JSON-lines corpus."""
+    """Yield each Sentence of a JSON-lines corpus."""
     for number, record in read_jsonl(path):
         try:
             text = record["text"]
@@ -30,4 +31,4 @@ def read_json_sentences(path):
         strings = [text, *(part for pair in names for part in pair)]
         if {type(part) for part in strings} != {str} or {type(part) for pair in places for part in pair} - {int}:
             raise UserError(f"{path}:{number}: begin and end must be integers, all else strings; see process.py --help")
-        yield number, text, [(*place, *name, number) for place, name in zip(places, names, strict=True)]
+        yield Sentence(number, text, [Mark(*place, *name, number) for place, name in zip(places, names, strict=True)])

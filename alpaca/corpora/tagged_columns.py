@@ -4,6 +4,7 @@ import re
 from itertools import accumulate
 
 from alpaca.common.errors import UserError
+from alpaca.corpora.sentences import Mark, Sentence
 from dataset import read_lines
 
 TAG = re.compile(r"O|([BIMES])[-_](.+)")
@@ -18,7 +19,7 @@ def split_columns(line):
 
 
 def read_tagged_sentences(path, problems):
-    """Yield (line number, text, [(begin, end, tag, entity, line number)]) of a two-column corpus."""
+    """Yield each Sentence of a two-column corpus."""
     rows = []
     for number, line in read_lines(path):
         columns = split_columns(line)
@@ -36,16 +37,16 @@ def read_tagged_sentences(path, problems):
 
 
 def join_tokens(rows, path, problems):
-    """[(line number, token, tag)] of one sentence -> (line number, text, entities)."""
+    """[(line number, token, tag)] of one sentence -> Sentence."""
     numbers, tokens, tags = zip(*rows, strict=True)
     text, ends = "".join(tokens), [0, *accumulate(map(len, tokens))]
-    entities = []
+    marks = []
     for first, last, tag, repaired in decode_tags(tags):
         begin, end = ends[first], ends[last]
-        entities.append((begin, end, tag, text[begin:end], numbers[first]))
+        marks.append(Mark(begin, end, tag, text[begin:end], numbers[first]))
         if repaired:
             problems.add("repaired", path, numbers[first], f"{tokens[first]} {tags[first]}")
-    return numbers[0], text, entities
+    return Sentence(numbers[0], text, marks)
 
 
 def decode_tags(tags):
