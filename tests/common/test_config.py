@@ -14,7 +14,7 @@ from alpaca.common import start
 from alpaca.common.errors import ConfigError, UserError
 from config_utils import Config, load_config, parse_config, run_script, save_config
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 CONFIG = {
     "data_name": "demo",

@@ -12,7 +12,7 @@ from alpaca.corpora.tagged_columns import decode_tags
 from config_utils import run_script
 from process import CONFIG, main
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PROCESS = os.path.join(ROOT, "process.py")
 INSTRUCT = (
     "你现在是一个实体识别模型，你需要提取文本里面的人名、地名、机构名，如果存在结果，返回'实体_实体类型'，"
