@@ -13,27 +13,14 @@ from alpaca.common.start import start
 
 start()
 
-from functools import partial
-from pathlib import Path
-
 import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from alpaca.common.console import say
-from alpaca.common.devices import DTYPES, describe_device, init_distributed, resolve_precision
-from alpaca.models.base import load_base
-from alpaca.models.tokenizer import load_tokenizer
-from alpaca.training.adapter_writer import BestScore, save_adapter, training_facts
-from alpaca.training.audit import load_audited_data
-from alpaca.training.batches import TrainLoader, eval_batches
-from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, run_facts, start_run, step_of
-from alpaca.training.evaluate import evaluate_f1
-from alpaca.training.lora import add_lora, check_options, compile_for_training
-from alpaca.training.loss import answer_loss, evaluate_loss
-from alpaca.training.prefix_tree import make_collate
-from alpaca.training.run_log import TrainLog
-from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, make_scheduler, seed_step
+from alpaca.training.checkpoints import step_of
+from alpaca.training.loss import answer_loss
+from alpaca.training.run import Run
+from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step
 from config_utils import run_script
 
 CONFIG = {
@@ -85,21 +72,20 @@ CONFIG = {
 class AdapterTrainer(Trainer):
     """The stock Trainer with seven methods replaced, each for one reason."""
 
-    def __init__(self, loader, save, evaluate, scheduler, checkpoint, losses, **kwargs):
+    def __init__(self, run, losses, **kwargs):
         # Not called, since compute_loss is replaced; it tells older versions what loss_is_scaled_for_ga tells newer ones.
         super().__init__(compute_loss_func=answer_loss, **kwargs)
-        self.loader, self.save, self.evaluate_dev, self.scheduler = loader, save, evaluate, scheduler
-        self.checkpoint, self.losses = checkpoint, losses
+        self.run, self.losses = run, losses  # losses: of the step's micro-batches, shared with LogCallback
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the tokens of the whole optimizer step
 
     def get_train_dataloader(self):
         """Replaced: accelerate's sharding repeats examples at the end of an epoch; ours has each exactly once."""
-        return self.loader
+        return self.run.loader
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Replaced: Trainer's warm-up begins with a step at learning rate 0."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = self.scheduler(optimizer or self.optimizer)
+            self.lr_scheduler = self.run.scheduler(optimizer or self.optimizer)
         return self.lr_scheduler
 
     def training_step(self, engine, *args, **kwargs):
@@ -114,22 +100,22 @@ class AdapterTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Replaced: loss over the answer tokens of the whole optimizer step. DeepSpeed averages it over ranks."""
         loss = answer_loss(model, **inputs) * self.args.world_size
-        self.loader.lay_out_next()
+        self.run.loader.lay_out_next()
         self.losses.append(loss.detach())
         return loss
 
     def _save_checkpoint(self, model, trial):
         """Replaced: the checkpoint is marked when it is whole, and a full disk is one line."""
-        with self.checkpoint(self.state.global_step):
+        with self.run.checkpoint(self.state.global_step):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Replaced: only the adapter, whole or not at all; the stock method copies the base to the CPU first."""
-        self.save(self.state.global_step)
+        self.run.save_newest(self.state.global_step)
 
     def evaluate(self, *args, **kwargs):
         """Replaced: the mean over all answer tokens instead of a mean of batch means."""
-        metrics = self.evaluate_dev(self.state.global_step)
+        metrics = self.run.evaluate(self.state.global_step)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -137,8 +123,8 @@ class AdapterTrainer(Trainer):
 class LogCallback(TrainerCallback):
     """Progress bar, log line, train_log.jsonl, and what begins and ends a step."""
 
-    def __init__(self, log, loader, losses, train_path):
-        self.log, self.loader, self.losses, self.train_path = log, loader, losses, train_path
+    def __init__(self, run, losses):
+        self.run, self.losses = run, losses
         self.lr, self.sigterm, self.stop = 0.0, catch_sigterm(), False
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
@@ -147,9 +133,9 @@ class LogCallback(TrainerCallback):
         seed_step(args.seed, state.global_step, args.process_index)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.log.step()
-        loss = sum(self.losses)
-        self.stop = end_of_step(loss, self.sigterm, self.loader, state.global_step, self.lr, self.train_path)
+        self.run.log.step()
+        loss, run = sum(self.losses), self.run
+        self.stop = end_of_step(loss, self.sigterm, run.loader, state.global_step, self.lr, run.train_path)
         if self.stop:
             control.should_save = control.should_training_stop = True
         if state.global_step == state.max_steps:
@@ -157,7 +143,7 @@ class LogCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.log.write(state.global_step, loss=logs["loss"], lr=self.lr)
+            self.run.log.write(state.global_step, loss=logs["loss"], lr=self.lr)
 
 
 def trainer_names(params):
@@ -170,101 +156,51 @@ def trainer_names(params):
 
 
 def main(args):
-    data_dir = Path("data") / args.data_name / "instruct_data"
-    train_path, dev_path = args.train_path or data_dir / "train.txt", args.dev_path or data_dir / "dev.txt"
-    save_dir = args.save_dir or Path("checkpoint") / args.data_name / "train_trainer"
-
-    # Everything that can be wrong with the input is found before the weights load.
-    check_options(args)
-    resume_from = checkpoint_to_resume(save_dir, args.resume)
-    tokenizer = load_tokenizer(args.model_dir)
-    (train_records, train_set), (dev_records, dev_set) = load_audited_data(train_path, dev_path, tokenizer, args)
-    facts = training_facts(args, train_records)
-
-    device, rank, world_size = init_distributed()
-    precision, ds_config = resolve_precision(args.precision, args.deepspeed, device)
-    say(f"{describe_device(device, precision, world_size)}, 训练 {len(train_set)} 条, 验证 {len(dev_set)} 条")
-
-    collate = make_collate(args.packing, tokenizer.pad_token_id)
-    loader = TrainLoader(
-        train_set, args.train_batch_size, args.gradient_accumulation_steps, collate, args.seed, rank, world_size
-    )
-    total_steps = args.max_steps if args.max_steps > 0 else args.num_train_epochs * loader.steps_per_epoch
-    run = run_facts(args, loader)
-    if resume_from:
-        check_resumed(resume_from, run)
-
+    run = Run(args, "train_trainer")
     training_args = TrainingArguments(
-        output_dir=str(save_dir),
+        output_dir=str(run.save_dir),
         per_device_train_batch_size=args.train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_steps=total_steps,
+        max_steps=run.total_steps,
         seed=args.seed,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=device.type == "cpu",  # without it two CPU ranks would train apart and never say so
-        deepspeed=ds_config,
-        max_grad_norm=ds_config.get("gradient_clipping", 0.0),
-        **trainer_names(ds_config["optimizer"]["params"]),
+        bf16=run.precision == "bf16",
+        fp16=run.precision == "fp16",
+        use_cpu=run.device.type == "cpu",  # without it two CPU ranks would train apart and never say so
+        deepspeed=run.settings,
+        max_grad_norm=run.settings.get("gradient_clipping", 0.0),
+        **trainer_names(run.settings["optimizer"]["params"]),
         logging_steps=args.log_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps" if args.eval_steps > 0 else "no",
         eval_steps=args.eval_steps,
-        save_steps=args.save_steps if args.save_steps > 0 else total_steps,
+        save_steps=args.save_steps if args.save_steps > 0 else run.total_steps,
         report_to="none",
         disable_tqdm=True,  # TrainLog has the bar
         remove_unused_columns=False,
         ignore_data_skip=True,  # the loader skips what a resumed run has seen
     )
-    assert training_args.world_size == world_size, (training_args.world_size, world_size)
+    assert training_args.world_size == run.world_size, (training_args.world_size, run.world_size)
 
-    model = add_lora(load_base(args.model_dir, DTYPES[precision], device), args)
-    compile_for_training(model, loader, args, tokenizer.pad_token_id, device)
-    first_step = step_of(resume_from) if resume_from else 0
-    start_run(save_dir, resume_from)
-    best = BestScore(save_dir, args.best)
-    log, losses = TrainLog(save_dir, loader, total_steps, first_step, args.tensorboard), []
-    log_callback = LogCallback(log, loader, losses, train_path)
-    loader.seek(first_step)
-
-    def evaluate(step):
-        batches = eval_batches(dev_set, args.train_batch_size, collate, rank, world_size)
-        count = -(-len(dev_set) // (args.train_batch_size * world_size))
-        scores = {"eval_loss": evaluate_loss(model, batches, device, count)}
-        if args.eval_examples > 0:
-            scores["eval_f1"] = evaluate_f1(model, tokenizer, dev_records[: args.eval_examples], facts["labels"])
-        log.write(step, **scores)
-        if best.improves(scores):
-            save_adapter(model, save_dir, args, ds_config, {**facts, **scores}, step)
-        return scores
-
-    def save(step):
-        if args.best == "last":
-            save_adapter(model, save_dir, args, ds_config, facts, step)
-        log.draw()
-
+    model = run.load_model()
+    first_step, losses = step_of(run.resume_from) if run.resume_from else 0, []
+    run.begin(first_step)
+    run.loader.seek(first_step)
+    log_callback = LogCallback(run, losses)
     trainer = AdapterTrainer(
+        run,
+        losses,
         model=model,
         args=training_args,
-        train_dataset=train_set,
-        eval_dataset=dev_set,
-        loader=loader,
-        save=save,
-        evaluate=evaluate,
-        scheduler=partial(make_scheduler, args=args, total_steps=total_steps),
-        checkpoint=lambda step: checkpoint(Path(save_dir) / f"checkpoint-{step}", args.save_total_limit, run),
-        losses=losses,
+        train_dataset=run.train_set,
+        eval_dataset=run.dev_set,
         callbacks=[log_callback],
     )
     trainer.remove_callback(PrinterCallback)
-    if resume_from:
-        say(f"从 {resume_from} 继续，已完成 {first_step} 步")
-    if first_step < total_steps:  # else Trainer would take one step more
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    log.close()
-    if log_callback.stop and trainer.state.global_step < total_steps:
+    if first_step < run.total_steps:  # else Trainer would take one step more
+        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    if log_callback.stop and trainer.state.global_step < run.total_steps:
         end_by_sigterm(trainer.state.global_step)
-    say(f"LoRA 已保存到 {Path(save_dir) / 'adapter_model'}")
+    run.end()
     dist.destroy_process_group()
 
 

@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca.common.errors import UserError
+from alpaca.models.adapters import adapter_shapes
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.training import lora
 from config_tables import config_of
 from config_utils import ALIASES, Config, _options, load_config, parse_config
 from dataset import (
@@ -209,7 +209,7 @@ def test_the_malicious_pickle_is_one(tmp_path):
 def test_no_bare_pickle_is_run(tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Malicious(tmp_path / "ran")}))
     with pytest.raises(UserError, match="adapter_model.bin: not the tensors of an adapter"):
-        lora.adapter_shapes(tmp_path)
+        adapter_shapes(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

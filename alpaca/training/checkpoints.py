@@ -102,8 +102,8 @@ def complete_checkpoints(save_dir):
 
 
 @contextmanager
-def checkpoint(folder, save_total_limit, run):
-    """Around what writes a resumable checkpoint, on all ranks: only then it is marked as complete, with the facts `run`.
+def checkpoint(folder, save_total_limit, identity):
+    """Around what writes a resumable checkpoint, on all ranks: only then it is marked as complete, with the run's identity_of.
 
     Then the oldest beyond the limit are deleted (0: keep all). What a save cut short has left in the folder is deleted
     first, and what this one leaves if it fails.
@@ -121,14 +121,14 @@ def checkpoint(folder, save_total_limit, run):
     dist.barrier()  # until all ranks have written their part
     if is_main():
         with saving(folder):
-            (folder / "complete.new").write_text(json.dumps(run) + "\n", encoding="utf-8")
+            (folder / "complete.new").write_text(json.dumps(identity) + "\n", encoding="utf-8")
             (folder / "complete.new").rename(folder / "complete")
         for old in complete_checkpoints(folder.parent)[:-save_total_limit] if save_total_limit > 0 else []:
             (old / "complete").unlink()
             shutil.rmtree(old)
 
 
-def run_facts(args, loader):
+def identity_of(args, loader):
     """What a resumed run must share with the one that it goes on with, or its data order would be another."""
     batch_size, accumulation, world_size = loader.shape
     return {
@@ -142,14 +142,14 @@ def run_facts(args, loader):
     }
 
 
-def check_resumed(checkpoint, run):
-    """UserError where the facts `run` are not those of the run that wrote the checkpoint."""
+def check_resumed(checkpoint, identity):
+    """UserError where the identity is not that of the run that wrote the checkpoint."""
     text = (checkpoint / "complete").read_text(encoding="utf-8")
     try:
         written = dict(json.loads(text)) if text.strip() else {}
     except ValueError:
         raise UserError(f"{checkpoint}/complete: not what a training run wrote; train without --resume") from None
-    for key, value in run.items():
+    for key, value in identity.items():
         if written.get(key, value) != value:
             raise UserError(
                 f"--resume: {checkpoint} was written with {key} {written[key]}, this run has {value}; make them equal, or "

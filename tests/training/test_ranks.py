@@ -128,11 +128,11 @@ def test_one_dying_rank_ends_the_run_with_its_message(folder, base_dir):
         f"""
 import os, runpy, sys
 sys.path.insert(0, {str(ROOT)!r})
-from alpaca.training import lora
+import alpaca.training.steps as steps
 def seed_step(seed, step, rank):
     if step == 3 and rank == 1:
         raise RuntimeError("what rank 1 died of")
-lora.seed_step = seed_step
+steps.seed_step = seed_step
 runpy.run_path({str(ROOT / "train_deepspeed.py")!r}, run_name="__main__")
 """,
         encoding="utf-8",

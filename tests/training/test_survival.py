@@ -18,6 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from alpaca.common.errors import UserError
+from alpaca.models.adapters import adapter_or_old
 from alpaca.training import checkpoints
 from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
 from harness import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
@@ -65,7 +66,7 @@ def test_terminated_killed_and_resumed_equals_uninterrupted(workspace, base_dir,
     result = run_script(f"{trainer}.py", *options, "--resume", cwd=workspace, launcher=launcher, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (run / "adapter_model").exists()
-    loaded = checkpoints.adapter_or_old(run / "adapter_model")
+    loaded = adapter_or_old(run / "adapter_model")
     assert json.loads((loaded / "train_args.json").read_text(encoding="utf-8"))["step"] == stopped
     run_script(f"{trainer}.py", *options, "--resume", cwd=workspace)
     losses = [{row["step"]: row for row in read_log(where) if "loss" in row} for where in (run, done)]

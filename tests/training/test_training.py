@@ -26,17 +26,17 @@ from alpaca.common.errors import UserError
 from alpaca.models.base import load_base, load_for_inference
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.scoring.metrics import score
-from alpaca.training import checkpoints, lora
 from alpaca.training.adapter_writer import BestScore
 from alpaca.training.batches import TrainLoader
 from alpaca.training.checkpoints import checkpoint_to_resume
 from alpaca.training.evaluate import evaluate_f1
-from alpaca.training.lora import add_lora, merged_lora
+from alpaca.training.lora import add_lora, check_options, merged_lora
 from alpaca.training.loss import answer_loss, evaluate_loss
 from alpaca.training.prefix_tree import make_collate, pad_batch
+from alpaca.training.run_log import TrainLog, series_of
 from alpaca.training.steps import warmup_linear
 from config_utils import load_config, parse_config
-from dataset import encode_examples, read_examples
+from dataset import PROMPT_SHA256, encode_examples, read_examples
 from harness import (
     ROOT,
     assert_same_adapter,
@@ -143,7 +143,7 @@ def test_what_a_run_leaves_behind(workspace, base_dir, trainer):
     args, facts = load_config(run / "adapter_model" / "train_args.json")
     assert (args.lora_r, args.max_steps, args.deepspeed_optimizer_params_lr) == (8, 50, 1e-3)
     assert "local_rank" not in args.nested
-    assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == lora.PROMPT_SHA256
+    assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == PROMPT_SHA256
     assert (facts["labels"], facts["step"]) == (["人名", "地名"], 50)
     assert 5 < facts["text_tokens"] < 60  # at the 80th percentile
     assert args.deepspeed["bf16"]["enabled"] is args.deepspeed["fp16"]["enabled"] is False
@@ -171,11 +171,11 @@ def test_the_picture_counts_once_what_a_resumed_run_has_done_again(tmp_path):
     rows += [{"examples": 12, "loss": 9.0}, {"examples": 12, "eval_loss": 4.0}, {"examples": 18, "loss": 8.0}]
     write_jsonl(log, [{"step": 1, "loss": 7.0}, *rows])  # the first: as earlier versions logged
     series = {"loss": [(6, 0.6), (12, 9.0), (18, 8.0)], "eval_loss": [(12, 4.0)], "eval_f1": [], "lr": []}
-    assert checkpoints.series_of(log) == series
+    assert series_of(log) == series
 
 
 def test_a_picture_that_cannot_be_drawn_is_said_once_and_ends_nothing(tmp_path, monkeypatch, capsys):
-    log = checkpoints.TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3)
+    log = TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3)
     for step in (1, 2, 3):
         log.write(step, loss=1.0, lr=0.1)
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None if step > 1 else matplotlib.figure)
@@ -190,7 +190,7 @@ def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     args = parse_config(train_trainer.CONFIG, train_trainer.__file__, [f"--model_dir={base_dir}", "--tensorboard"])
     with pytest.raises(UserError, match="pip install tensorboard"):
-        lora.check_options(args)
+        check_options(args)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
