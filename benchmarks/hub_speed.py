@@ -114,9 +114,9 @@ def run(way, command, reads, cache, output):
     begin, peak = time.perf_counter(), 0
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         # whatever it is that takes too much memory, it is this that the system should end
-        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000")
+        Path(f"/proc/{process.pid}/oom_score_adj").write_text("1000", encoding="utf-8")
         while process.poll() is None:
-            status = Path(f"/proc/{process.pid}/status").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
             anon = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon")]
             peak = max([peak, *map(int, anon)])
             time.sleep(0.02)
@@ -131,7 +131,7 @@ def run(way, command, reads, cache, output):
 
 
 def memory_gib(key):
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(lines[key].split()[0]) / 2**20
 
 

@@ -269,7 +269,7 @@ def test_no_code_of_a_model_folder_is_run(tmp_path, base_dir, instruct_data):
 
 
 def test_no_source_opens_a_file_or_a_pickle_carelessly():
-    """torch.load says weights_only=True, trust_remote_code is only ever False, text files name their encoding."""
+    """What ruff (S301, S307, PLW1514) does not see: how weights are loaded, and files opened by a path of unknown type."""
     listed = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, text=True)
     names = [name for name in listed.splitlines() if not name.startswith("tests/") and (ROOT / name).is_file()]
     found = []
@@ -279,19 +279,16 @@ def test_no_source_opens_a_file_or_a_pickle_carelessly():
                 continue
             given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
             called = ast.unparse(node.func)
-            method = called.rpartition(".")[2]
-            modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
-            binary = any("b" in mode and len(mode) < 4 for mode in modes)
-            if (
-                method in ("open", "read_text", "write_text")
-                and not binary
+            opens = called.endswith((".read_text", ".write_text")) or (
+                called.endswith(".open")
                 and called not in ("tokenize.open", "os.open", "archive.open")
-            ):
-                if "encoding" not in given and not called.startswith(("safe_open", "Path('/proc", "Path(f'/proc")):
-                    found.append((name, node.lineno, called))
+                and not any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in node.args)
+            )
+            if opens and "encoding" not in given:
+                found.append((name, node.lineno, called))
             if called in ("torch.load", "load_torch") and given.get("weights_only") is not True:
                 found.append((name, node.lineno, called))
-            if given.get("trust_remote_code", False) is not False or called in ("pickle.load", "pickle.loads", "eval"):
+            if given.get("trust_remote_code", False) is not False:
                 found.append((name, node.lineno, called))
     assert len(names) > 20 and found == []
 
