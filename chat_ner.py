@@ -31,20 +31,20 @@ with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401  arrow keys and history in input()
 
 CONFIG = {
-    "base_model": None,  # None: the base that the adapter was trained on; given alone: that model without an adapter
-    "lora_model": "auto",  # auto: the demo's adapter written last | a folder | none: the base alone
-    "tokenizer_path": None,  # None: that of the base
-    "with_prompt": True,  # False: the model reads the input as typed
-    "interactive": True,  # ask for input; with --data_file the file is answered instead
-    "data_file": None,  # inputs, one a line
-    "predictions_file": "predictions.txt",  # answers to data_file, a JSON list of {"Input", "Output"}
-    "gpus": "0",  # the GPU to use
-    "only_cpu": False,  # do not use a GPU
-    "max_new_tokens": 512,  # an answer is cut after so many tokens
-    "temperature": 0.0,  # of free chat; 0: always the likeliest token, so the same answer every time
-    "top_p": 1.0,  # where temperature is above 0: draw from the likeliest tokens that have this probability together
-    "seed": 42,  # of what is drawn
-    "constrained": "auto",  # auto | True | False: answer the adapter's instruction only with lines that the text allows
+    "base_model": None,  # folder of the base model; None: the base that the adapter was trained on; given alone: no adapter
+    "lora_model": "auto",  # auto: the adapter of checkpoint/demo/ written last | a folder | none: the base alone
+    "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "with_prompt": True,  # True: the input is put into the prompt of training | False: the model reads it as typed
+    "interactive": True,  # True: ask for inputs in the terminal, unless data_file is given | False: only answer data_file
+    "data_file": None,  # file of inputs to answer, one a line; None: no file
+    "predictions_file": "predictions.txt",  # file for the answers to data_file, a JSON list of {"Input", "Output"}
+    "gpus": "0",  # number of the GPU to use; the first is 0
+    "only_cpu": False,  # True: compute on the CPU even where there is a GPU
+    "max_new_tokens": 512,  # most tokens of an answer; a longer one is cut
+    "temperature": 0.0,  # randomness of free chat; 0: always the likeliest token, so the same answer every time
+    "top_p": 1.0,  # 0 to 1; at a temperature above 0, draw from the likeliest tokens of this probability together
+    "seed": 42,  # random seed of what is drawn at a temperature above 0
+    "constrained": "auto",  # as in test.py, for inputs that begin with the adapter's instruction: auto | True | False
 }
 BANNER = """\
 + 该模式下仅支持单轮问答，无多轮对话能力。

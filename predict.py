@@ -29,18 +29,18 @@ from config_utils import run_script
 from dataset import SURROGATE, read_texts, task_of, to_example
 
 CONFIG = {
-    "data_name": "demo",  # folder under checkpoint/
-    "base_model": None,  # None: the base that the adapter was trained on
+    "data_name": "demo",  # name of the data set: its folder under checkpoint/
+    "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
-    "tokenizer_path": None,  # None: that of the base
-    "text": None,  # one text
-    "input_path": None,  # a file of texts: plain lines or JSON lines
-    "output_path": None,  # write JSON lines there instead of printing
-    "resume": False,  # go on behind the rows that --output_path holds already
-    "batch_size": 64,  # texts at once, fewer where memory is short
-    "max_new_tokens": 512,  # an answer is cut after so many tokens; counted and reported
-    "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
-    "precision": "auto",  # auto | bf16 | fp16 | fp32
+    "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "text": None,  # one text to predict; with neither text nor input_path: three sentences of our own
+    "input_path": None,  # file of texts to predict: one a line, or one JSON object a line with text or query
+    "output_path": None,  # file to write the results to, as JSON lines; None: print them
+    "resume": False,  # True: continue after the rows that output_path already holds
+    "batch_size": 64,  # most texts answered at once; fewer where memory is short
+    "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
+    "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
+    "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
 }
 SAMPLES = [
     {"text": "中美两国的专家上周在杭州参观了临江大学，校长许文舟主持了座谈。",

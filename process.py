@@ -43,19 +43,19 @@ from config_utils import run_script
 from dataset import INSTRUCT, QUERY_PREFIX, read_jsonl
 
 CONFIG = {
-    "data_name": "demo",  # folder under data/
+    "data_name": "demo",  # name of the data set: its folder under data/
     "train_file": None,  # raw training data; None: data/<data_name>/ori_data/train.txt
     "dev_file": None,  # raw dev data; None: data/<data_name>/ori_data/dev.txt if there is one
-    "dev_size": 0,  # sentences to take from train where there is no dev file
-    "format": "auto",  # auto | jsonl | bio; auto: by the first line
-    "instruct": INSTRUCT,  # the instruction; {labels}: the names joined by 、, a typed \n: a newline
-    "query_prefix": QUERY_PREFIX,  # query = query_prefix + text
-    "labels": DEFAULT_LABELS,  # tag:name; a name may not contain _
-    "keep_leaked": False,  # keep sentences in train that dev holds too
-    "seed": 42,  # of dev_size's draw
-    "audit_only": False,  # write nothing, only check data/<data_name>/instruct_data/ as the trainers do
-    "model_dir": "./model_hub/chinese-alpaca-tiny",  # whose tokenizer the audit counts with
-    "max_seq_length": 512,  # tokens of prompt + answer; the audit says how many rows are longer
+    "dev_size": 0,  # sentences to move from the training to the dev data, at random; only where there is no dev file
+    "format": "auto",  # format of the raw data: jsonl | bio | auto (seen from the first line)
+    "instruct": INSTRUCT,  # instruction of every example; {labels}: the types' names joined by 、, a typed \n: a newline
+    "query_prefix": QUERY_PREFIX,  # what stands before the text in a query
+    "labels": DEFAULT_LABELS,  # TAG:NAME: a type's raw tag, its name in answers; no _ in NAME
+    "keep_leaked": False,  # True: training sentences that the dev data holds too are kept | False: they are left out
+    "seed": 42,  # random seed of the choice of dev_size sentences
+    "audit_only": False,  # True: write nothing, only check data/<data_name>/instruct_data/ as the trainers do
+    "model_dir": "./model_hub/chinese-alpaca-tiny",  # for audit_only: folder of the model whose tokenizer counts the tokens
+    "max_seq_length": 512,  # for audit_only: examples with more tokens of prompt + answer are counted as too long
 }
 
 

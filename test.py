@@ -30,17 +30,17 @@ from config_utils import run_script
 from dataset import is_ner, labels_of, locate, parse_answer, read_examples, without_rehearsal
 
 CONFIG = {
-    "data_name": "demo",  # folder under data/ and under checkpoint/
-    "base_model": None,  # None: the base that the adapter was trained on
+    "data_name": "demo",  # name of the data set: its folder under data/ and under checkpoint/
+    "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
-    "tokenizer_path": None,  # None: that of the base
-    "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
-    "batch_size": 64,  # examples generated at once, fewer where memory is short
-    "metric": "ner",  # ner: entities | exact: the share of answers equal to the character | none: write predictions alone
-    "max_new_tokens": 512,  # an answer is cut after so many tokens; counted and reported
-    "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
-    "precision": "auto",  # auto | bf16 | fp16 | fp32
-    "max_examples": -1,  # only the first N examples; -1: all
+    "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "dev_path": None,  # file of instruct data to test on; None: data/<data_name>/instruct_data/dev.txt
+    "batch_size": 64,  # most texts answered at once; fewer where memory is short
+    "metric": "ner",  # ner: score entities | exact: share of answers equal to the right one | none: only write predictions
+    "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
+    "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
+    "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
+    "max_examples": -1,  # test only the first N examples; -1: all
 }
 WRITTEN = {  # metric -> files
     "ner": ("predictions.jsonl", "metrics.json", "report.html"),

@@ -22,47 +22,47 @@ from config_utils import run_script
 
 CONFIG = {
     # data and model
-    "data_name": "demo",  # folder under data/ and under checkpoint/
-    "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model; for 7B ./model_hub/chinese-alpaca-7b
-    "train_path": None,  # None: data/<data_name>/instruct_data/train.txt
-    "dev_path": None,  # None: data/<data_name>/instruct_data/dev.txt
-    "save_dir": None,  # None: checkpoint/<data_name>/train_deepspeed
-    "instruct_column": "instruct",  # name of the instruction's column
-    "query_column": "query",  # name of the input's column
-    "response_column": "answer",  # name of the answer's column
-    "max_seq_length": 512,  # tokens of prompt + answer; longer examples are dropped and counted, never cut
-    "too_long": "drop",  # drop | error: what to do with longer examples
+    "data_name": "demo",  # name of the data set: its folder under data/ and under checkpoint/
+    "model_dir": "./model_hub/chinese-alpaca-tiny",  # folder of the base model; for 7B ./model_hub/chinese-alpaca-7b
+    "train_path": None,  # file of instruct data to train on; None: data/<data_name>/instruct_data/train.txt
+    "dev_path": None,  # file of instruct data to evaluate on; None: data/<data_name>/instruct_data/dev.txt
+    "save_dir": None,  # folder for the adapter, checkpoints and logs; None: checkpoint/<data_name>/train_deepspeed
+    "instruct_column": "instruct",  # key of the instruction in a line of the data
+    "query_column": "query",  # key of the input in a line of the data
+    "response_column": "answer",  # key of the answer in a line of the data
+    "max_seq_length": 512,  # most tokens of prompt + answer; longer examples are dropped and counted, never cut
+    "too_long": "drop",  # drop | error: what to do with examples longer than max_seq_length
     # LoRA
     "lora": {
-        "r": 8,  # rank
-        "alpha": 32,  # scale; the update is multiplied by alpha / r
-        "dropout": 0.0,  # on the LoRA branch
-        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # where
+        "r": 8,  # rank of the LoRA matrices
+        "alpha": 32,  # scale of LoRA's update: it is multiplied by alpha / r
+        "dropout": 0.0,  # share of LoRA's inputs set to zero at random in training; 0: none
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],  # LoRA layers
     },
     # training; learning rate, betas, weight decay and ZeRO stand in deepspeed.json
-    "packing": "prefix",  # prefix (what examples share is computed once) | plain (end to end) | none (padded)
-    "train_batch_size": 12,  # examples a device and micro-batch
-    "gradient_accumulation_steps": 1,  # micro-batches an optimizer step
-    "num_train_epochs": 3,  # passes over the data
-    "max_steps": -1,  # stop after so many optimizer steps; -1: by epochs
-    "warmup_ratio": 0.03,  # share of the steps with rising learning rate; then it falls linearly to 0
-    "gradient_checkpointing": False,  # recompute activations instead of keeping them: less memory, slower
-    "compile": "auto",  # auto | True | False: compile the layers and replay them as CUDA graphs, on a CUDA GPU
-    "seed": 42,  # of LoRA's start and the data order
-    "precision": "auto",  # auto | bf16 | fp16 | fp32; auto: what the device computes best
+    "packing": "prefix",  # layout of a step's examples: prefix (shared beginnings once) | plain (end to end) | none (padded)
+    "train_batch_size": 12,  # examples per device and micro-batch
+    "gradient_accumulation_steps": 1,  # micro-batches per optimizer step
+    "num_train_epochs": 3,  # passes over the training data
+    "max_steps": -1,  # stop after this many optimizer steps; -1: after num_train_epochs
+    "warmup_ratio": 0.03,  # share of the steps in which the learning rate rises, 0 to 1; then it falls linearly to 0
+    "gradient_checkpointing": False,  # True: compute activations again instead of keeping them; less memory, slower
+    "compile": "auto",  # auto | True | False: compile the layers and replay them as CUDA graphs; auto: where that is possible
+    "seed": 42,  # random seed of LoRA's first weights, the order of the data and dropout
+    "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
     # logging and saving
-    "log_steps": 10,  # a log line every so many steps
-    "eval_steps": 500,  # dev loss every so many steps and at the end; -1: never
-    "eval_examples": 0,  # then also answer the first N dev examples and log their F1, as test.py --max_examples=N; 0: none
-    "best": "last",  # last | f1 | loss: adapter_model/ is the newest state, or the one with the best F1 or dev loss
-    "save_steps": 500,  # adapter and resumable checkpoint every so many steps and at the end; -1: only at the end
-    "save_total_limit": 2,  # resumable checkpoints to keep; 0: all
-    "resume": "False",  # False | True (newest complete checkpoint) | a step | a path
-    "tensorboard": False,  # also write the figures of train_log.jsonl for TensorBoard, in <save_dir>/tensorboard
-    "safe_serialization": True,  # False: adapter_model.bin instead of adapter_model.safetensors
+    "log_steps": 10,  # log loss and speed every so many optimizer steps
+    "eval_steps": 500,  # compute the dev loss every so many optimizer steps and at the end; -1: never
+    "eval_examples": 0,  # with each dev loss, also answer the first N dev examples and log their F1; 0: do not
+    "best": "last",  # last | f1 | loss: adapter_model/ holds the newest state, or the one with the best dev F1 or dev loss
+    "save_steps": 500,  # save adapter and resumable checkpoint every so many optimizer steps and at the end; -1: at the end
+    "save_total_limit": 2,  # how many resumable checkpoints to keep, the newest; 0: all
+    "resume": "False",  # continue a run: False | True (from the newest complete checkpoint) | a step | a checkpoint's path
+    "tensorboard": False,  # True: write the figures of train_log.jsonl for TensorBoard too, to <save_dir>/tensorboard
+    "safe_serialization": True,  # True: the adapter is saved as adapter_model.safetensors; False: as adapter_model.bin
     # DeepSpeed
-    "deepspeed_json_path": None,  # None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json
-    "local_rank": -1,  # the deepspeed launcher passes it
+    "deepspeed_json_path": None,  # DeepSpeed settings; None: data/<data_name>/deepspeed.json if there is one, else deepspeed.json
+    "local_rank": -1,  # number of this process on its machine; the deepspeed launcher passes it
 }
 
 

@@ -37,17 +37,17 @@ from config_utils import load_config, run_script
 from dataset import SURROGATE, build_prompt, encode_prompts, read_texts, task_of, to_example
 
 CONFIG = {
-    "data_name": "demo",  # folder under checkpoint/: the adapter chosen at first
-    "base_model": None,  # None: the base that the adapter was trained on
+    "data_name": "demo",  # name of the data set: its folder under checkpoint/, whose adapter is chosen at first
+    "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
-    "tokenizer_path": None,  # None: that of the base
-    "host": "127.0.0.1",  # another than this machine's own needs --auth
-    "port": 7860,  # of the page's address
-    "auth": None,  # user:password, asked for by the page
-    "batch_size": 16,  # texts at once; larger: files are faster, and others wait longer for their turn
-    "max_new_tokens": 512,  # an answer is cut after so many tokens
-    "constrained": "auto",  # auto (with an adapter) | True | False: only lines that the text allows
-    "precision": "auto",  # auto | bf16 | fp16 | fp32
+    "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "host": "127.0.0.1",  # address to listen on; one that other machines reach needs auth
+    "port": 7860,  # port to listen on
+    "auth": None,  # user:password that the page asks for; None: nothing is asked for
+    "batch_size": 16,  # most texts answered at once; more: files are done sooner, others wait longer for their turn
+    "max_new_tokens": 512,  # most tokens of an answer; a longer one is cut
+    "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
+    "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
 }
 GRADIO = "gradio==6.31.0"  # not in requirements.txt: no other script needs it
 BASE = "不加 LoRA，只用基座"

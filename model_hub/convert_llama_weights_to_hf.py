@@ -30,10 +30,10 @@ from alpaca.weights.model_writer import computed, new_folder, progress, save_hug
 from config_utils import run_script
 
 CONFIG = {
-    "input_dir": "./",  # the folder that holds <model_size>/ and, there or beside it, tokenizer.model
-    "model_size": "tiny",  # the name of the folder with the weights: tiny, 7B, 13B, …; tokenizer_only needs no weights
-    "output_dir": None,  # the folder to write; None: ./<model_size>-hf
-    "max_position_embeddings": 2048,  # LLaMA-1: 2048, LLaMA-2: 4096; Meta's files do not tell
+    "input_dir": "./",  # folder that holds <model_size>/ and, in there or beside it, tokenizer.model
+    "model_size": "tiny",  # name of the folder of Meta's weights: tiny, 7B, 13B, …; tokenizer_only: write the tokenizer alone
+    "output_dir": None,  # folder to write; None: ./<model_size>-hf
+    "max_position_embeddings": 2048,  # most tokens that the model reads: LLaMA-1 2048, LLaMA-2 4096; Meta's files do not say
 }
 
 

@@ -37,13 +37,13 @@ from config_utils import load_config, run_script
 from dataset import BOS, EOS
 
 CONFIG = {
-    "base_model": None,  # the Hugging Face folder of the base, e.g. ./7B-hf
-    "lora_model": None,  # the adapters' folders, joined by commas, in the order of their training: LLaMA's, Alpaca's
-    "output_type": "huggingface",  # huggingface, or pth (Meta's layout)
-    "output_dir": None,  # the folder to write
-    "pth_files": -1,  # consolidated files of pth; -1: as many as Meta's model of that size has (13B: 2, 33B: 4, 65B: 8)
-    "verify": False,  # run base + adapters in PEFT and the merged model on a few prompts and compare; loads each in turn
-    "offload_dir": None,  # accepted and unused: weights are read from their files as they are needed
+    "base_model": None,  # folder of the base in Hugging Face format, e.g. ./7B-hf
+    "lora_model": None,  # folders of the adapters, joined by commas, in the order of their training: LLaMA's, Alpaca's
+    "output_type": "huggingface",  # format to write: huggingface | pth (Meta's layout)
+    "output_dir": None,  # folder to write
+    "pth_files": -1,  # how many files pth is written as; -1: as Meta's model of that size (13B: 2, 33B: 4, 65B: 8)
+    "verify": False,  # True: compare base + adapters in PEFT with the merged model on a few prompts; loads one, then the other
+    "offload_dir": None,  # accepted and not used: weights are read from their files as they are needed
 }
 
 VOCABULARIES = {32000: "LLaMA's", 49953: "Chinese-LLaMA's", 49954: "Chinese-Alpaca's"}
