@@ -1,28 +1,29 @@
-"""Every command of README.md, as typed, on the embedded model.     python -m pytest tests/test_readme.py
+"""Every command of README.md and docs/zh/, as typed, on the embedded model.     python -m pytest tests/test_readme.py
 
 All ```bash blocks run in order, in one copy of the repository, each from its root, with standard input closed; those
 that are the same on the embedded model run once. Changed are only the size (7B, 7b and 13B become tiny), how much is
 trained and answered (SHORTER), and the port of the deepspeed launcher, so that nothing else on the machine is in the
-way. The real corpora that README.md names are played by a part of the demo's own.
+way. The real corpora that the pages name are played by a part of the demo's own.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import config_tables
-from alpaca.common.option_help import _source
-from harness import free_port
+from config_utils import parse_config
+from harness import ROOT, free_port
+from tools import config_tables
 
-ROOT = Path(__file__).resolve().parent.parent
-READMES = ("README.md", "README_EN.md")
+SUBJECTS = ("seven_b", "data", "options", "training", "answering", "errors", "changes")  # in the order of the work
+PAGES = ("README.md", *(f"docs/zh/{subject}.md" for subject in SUBJECTS))
+TWINS = ("README_EN.md", *(f"docs/en/{subject}.md" for subject in SUBJECTS))
 TIMEOUT = 600  # seconds for one block, on a machine that has other things to do
 SHORTER = {  # how a line begins -> what is added to it; an adapter of 20 steps may not know yet how an answer ends
     r"(deepspeed|python) train_": " --max_steps=20",
@@ -30,35 +31,27 @@ SHORTER = {  # how a line begins -> what is added to it; an adapter of 20 steps 
     r"python predict\.py": " --max_new_tokens=64",
 }
 
-# Every line of the ```console blocks: a clone, make (which runs this test), installation, long training, several GPUs,
-# a server.
-CONSOLE = """\
+# A ```console block is not run: a clone, installation, long training, several GPUs, a server. Of what is ours there, the
+# targets of make, the pins and the options are checked; these are the lines that are not.
+OTHERS = """\
 git clone <repository> Chinese-LLaMA-Alpaca-LoRA-Tuning
 cd Chinese-LLaMA-Alpaca-LoRA-Tuning
-make demo
-make test
-source .venv/bin/activate
 python3 -m venv .venv
 source .venv/bin/activate
 pip install -r requirements.txt
-deepspeed train_trainer.py --data_name=mine --model_dir=./model_hub/chinese-alpaca-7b
-python test.py --data_name=mine
-python predict.py --data_name=mine --text=周五上午，程立群到了苏州。
-deepspeed train_trainer.py --data_name=qa --model_dir=./model_hub/chinese-alpaca-7b --eval_steps=100 --best=loss
-python test.py --data_name=qa --metric=exact
-python predict.py --data_name=qa --text=一周有几天？
-deepspeed --num_gpus=4 train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
-deepspeed --include=localhost:1,3 train_deepspeed.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
-python benchmarks/train_speed.py --gpus=2,4 --batch=64,192 --zero=1 --how=prefix,trainer --steps=25 --shape=7b --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
-deepspeed --hostfile=hostfile train_trainer.py --data_name=msra --model_dir=./model_hub/chinese-alpaca-7b
-python benchmarks/train_speed.py --shape=7b --batch=12 --how=peft,liger,original,prefix,trainer --steps=25 --seconds=8 --corpus=<msra_train.txt> --tokenizer=<tokenizer.model>
-pip install gradio==6.31.0
-python web_ner.py
-"""
+git clone https://github.com/ggml-org/llama.cpp
+pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt
+python llama.cpp/convert_hf_to_gguf.py model_hub/chinese-alpaca-7b --outfile chinese-alpaca-7b.gguf
+PYTHONPATH=llama.cpp/gguf-py python llama.cpp/examples/convert_legacy_llama.py model_hub/chinese-alpaca-7b-pth --outfile chinese-alpaca-7b.gguf
+""".splitlines()
 
 
-def blocks(readme, language):
-    text = (ROOT / readme).read_text(encoding="utf-8")
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def blocks(page, language):
+    text = text_of(page)
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
@@ -66,7 +59,7 @@ def on_tiny(text):
     return re.sub("7B|7b|13B", "tiny", text)
 
 
-COMMANDS = list(dict.fromkeys(map(on_tiny, blocks("README.md", "bash"))))
+COMMANDS = list(dict.fromkeys(on_tiny(block) for page in PAGES for block in blocks(page, "bash")))
 
 
 def shortened(block, port):
@@ -132,19 +125,20 @@ def copy(tmp_path_factory):
     return folder
 
 
-def names_of(readme):
-    """The paths in the annotated trees of a README, from the repository's root."""
+def names_of(page):
+    """The paths in the annotated trees of a page, from the repository's root; a line may name several files."""
     paths = []
-    for tree in blocks(readme, "text"):
+    for tree in blocks(page, "text"):
         root, *lines = tree.splitlines()
         above = [] if root == "." else [root]
         if not lines or not lines[0].startswith("├── "):
             continue
         for line in lines:
-            head, name = re.fullmatch(r"((?:│   |    )*)[├└]── (\S+).*", line).groups()
+            head, names = re.fullmatch(r"((?:│   |    )*)[├└]── (\S+(?: \S+)*)(?:  .*)?", line).groups()
             depth = len(head) // 4
-            above = above[: depth + (root != ".")] + [name]
-            paths.append("/".join(above))
+            for name in names.split():
+                above = above[: depth + (root != ".")] + [name]
+                paths.append("/".join(above))
     return paths
 
 
@@ -170,38 +164,71 @@ def test_block(copy, number):
     assert process.returncode == 0 and "Traceback" not in output, f"{block}\n{output[-6000:]}"
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_the_tree_names_what_is_there(copy, readme):
+@pytest.mark.parametrize("page", [*PAGES, *TWINS])
+def test_the_tree_names_what_is_there(copy, page):
     """After all blocks have run: also what convert, merge, process, training and testing are said to write."""
-    paths = names_of(readme)
-    assert len(paths) > 40
+    paths = names_of(page)
+    assert len(paths) > 30 or not page.startswith("README")
     assert [path for path in paths if not (copy / on_tiny(path)).exists()] == []
 
 
 def test_no_broken_command_hides_in_a_console_block():
-    assert "".join(blocks("README.md", "console")) == CONSOLE
+    """Nothing is left to be run differently from what is said: scripts are there, and their options are accepted."""
+    targets = re.findall(r"^(\w+):", text_of("Makefile"), re.M)
+    pins = text_of("requirements.txt") + text_of("requirements-dev.txt")
+    lines = [line for page in PAGES for block in blocks(page, "console") for line in block.splitlines()]
+    assert len(lines) > 10
+    for line in set(lines) - set(OTHERS):
+        if match := re.fullmatch(r"make (\w+)", line):
+            assert match[1] in targets, line
+        elif match := re.fullmatch(r"pip install (\S+)", line):
+            assert f"\n{match[1]}\n" in pins, line
+        else:
+            command = r"(?:python|deepspeed(?: --(?:num_gpus|include|hostfile)=\S+)?) (\S+\.py)(.*)"
+            script, options = re.fullmatch(command, line).groups()
+            parse_config(config_tables.config_of(script), str(ROOT / script), shlex.split(options.replace("<", "")))
 
 
-def test_both_languages_have_the_same_commands():
-    assert blocks("README_EN.md", "bash") == blocks("README.md", "bash")
-    assert blocks("README_EN.md", "console") == blocks("README.md", "console")
+@pytest.mark.parametrize("page, twin", [*zip(PAGES, TWINS, strict=True)])
+def test_both_languages_have_the_same_commands(page, twin):
+    for language in ("bash", "console"):
+        assert blocks(twin, language) == blocks(page, language)
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_settings_shown_are_those_of_the_code(readme):
-    assert config_tables.shown(readme) == config_tables.tables(readme), "python tests/config_tables.py writes it anew"
-    (deepspeed,) = (block for block in blocks(readme, "json") if "optimizer" in block)
-    assert json.loads(deepspeed) == json.loads((ROOT / "deepspeed.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("language", config_tables.LANGUAGES)
+def test_options_shown_are_those_of_the_code(language):
+    path = config_tables.path_of(language)
+    assert text_of(path) == config_tables.page(language), "python tools/config_tables.py writes it anew"
 
 
-def test_every_script_has_its_table():
-    found = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("model_hub/*.py")) if "\nCONFIG = {" in path.read_text()]
-    names = {str(path.relative_to(ROOT)) for path in found}
-    assert names == {*config_tables.SCRIPTS, "train_deepspeed.py"}
-    (_, one), (_, other) = (_source(ROOT / script) for script in ("train_trainer.py", "train_deepspeed.py"))
-    assert other == {key: comment.replace("train_trainer", "train_deepspeed") for key, comment in one.items()}
+def test_every_command_has_its_table():
+    found = [*ROOT.glob("*.py"), *ROOT.glob("model_hub/*.py")]
+    found = {str(path.relative_to(ROOT)) for path in found if "\nCONFIG = {" in path.read_text(encoding="utf-8")}
+    assert found == {script for scripts in config_tables.TABLES for script in scripts}
+    for language in config_tables.LANGUAGES:  # both trainers have the same options, defaults and comments
+        assert {len(row) for row in config_tables.table(config_tables.TRAINERS, language)} == {3}
 
 
-@pytest.mark.parametrize("readme", READMES)
-def test_no_figure_is_left_to_be_filled_in(readme):
-    assert not re.search(r"TODO|@@|XX", (ROOT / readme).read_text(encoding="utf-8"))
+def test_pages_are_short():
+    lines = {page: len(text_of(page).splitlines()) for page in (*PAGES, *TWINS)}
+    assert all(170 <= lines.pop(readme) <= 200 for readme in ("README.md", "README_EN.md"))
+    assert max(lines.values()) <= 200
+    assert sum(count for page, count in lines.items() if page in PAGES) <= 700
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TWINS])
+def test_links_lead_somewhere(page):
+    """Files, and headings as GitHub names them."""
+    links = re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text_of(page))
+    for link in map("".join, links):
+        path, _, heading = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert link.startswith("http") or target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            assert heading in [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings], link
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TWINS])
+def test_no_figure_is_left_to_be_filled_in(page):
+    assert not re.search(r"TODO|@@|XX", text_of(page))

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import adapter_shapes
 from alpaca.models.tokenizer import load_tokenizer
-from config_tables import config_of
 from config_utils import ALIASES, Config, _options, load_config, parse_config
 from dataset import (
     EOS,
@@ -37,6 +36,7 @@ from dataset import (
     read_examples,
 )
 from harness import ROOT, free_port, make_records, run_script, write_jsonl
+from tools.config_tables import config_of
 
 CASES = int(os.environ.get("FUZZ", "300"))
 fuzz = settings(max_examples=CASES, deadline=None, database=None)
