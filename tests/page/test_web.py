@@ -329,12 +329,6 @@ def test_what_is_missing_is_named(monkeypatch):
         web_ner.main(parse_config(web_ner.CONFIG, web_ner.__file__, []))
 
 
-def test_one_version_of_gradio():
-    for name in ("Makefile", "README.md", "README_EN.md", "web_ner.py"):
-        found = re.findall(r"gradio==\S+?(?=[\s\"`])", (ROOT / name).read_text(encoding="utf-8"))
-        assert found and set(found) == {web_ner.GRADIO}, name
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # the picture of README.md
 
