@@ -9,6 +9,19 @@ from sentencepiece import sentencepiece_model_pb2
 
 from harness import lora_settings, make_records, run_script, training_options, write_jsonl
 
+# Two adapters are trained, the README's blocks are run, a browser is opened, the embedded model is converted and merged.
+SLOW_FIXTURES = {"workspace", "copy", "browser", "embedded"}
+
+
+def pytest_collection_modifyitems(items):
+    """slow: what uses those fixtures or runs a command with run_script of harness.py; a few tests carry the mark themselves."""
+    for item in items:
+        called = item.function.__code__.co_names
+        runs = "run_script" in called and item.function.__globals__["run_script"].__module__ == "harness"
+        if runs or SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 # English, digits, punctuation and a few single Chinese characters, as in LLaMA's own vocabulary.
 BASE_TEXT = """\
 Below is an instruction that describes a task. Write a response that appropriately completes the request.

@@ -60,6 +60,7 @@ def accepts(grammar, text, ids):
     return matcher.is_accepting(), in_masks and matcher.is_accepting()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text, alphabet", [("ab", "abx_\n"), ("a_", "a_x\n "), ("a ", " ax_\n"), ("a\nb", "abx_\n"), ("人没", "人没有_名")]
 )

@@ -340,6 +340,7 @@ def test_bad_input_is_one_line(train, dev, argv, parts, corpus, capsys):
     assert not os.path.exists("data/t/instruct_data")
 
 
+@pytest.mark.slow
 def test_as_a_program(corpus):
     corpus([sentence("在北京", (1, 3, "LOC"))], DEV)
 

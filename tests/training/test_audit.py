@@ -153,6 +153,7 @@ def test_audit_alone_writes_nothing(tmp_path, base_dir):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["dev.txt", "train.txt"]
 
 
+@pytest.mark.slow
 def test_43000_rows_take_less_than_15_seconds(tmp_path, base_dir):
     rows = make_records(1000, 5)
     train, dev = write_jsonl(tmp_path / "train.txt", rows * 43), write_jsonl(tmp_path / "dev.txt", rows[:100])

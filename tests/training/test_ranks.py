@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from alpaca.training.checkpoints import complete_checkpoints, step_of
 from harness import ROOT, free_port, make_records, needs_two_gpus, read_log, run_script, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 RUNS = [("train_deepspeed", 1), ("train_trainer", 3)]
 if os.environ.get("STAGES"):
     RUNS = [(t, int(stage)) for t in ("train_deepspeed", "train_trainer") for stage in os.environ["STAGES"].split(",")]

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_speed
 
 
+@pytest.mark.slow
 @needs_two_gpus
 def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch, capsys):
     """A row for one and a row for two, behind what was measured before; both runs have learnt what one process learns."""

@@ -354,6 +354,7 @@ def test_bad_options_are_one_line(source, tokenizer_models, capsys):
     assert line.startswith("error: --output_dir is missing")
 
 
+@pytest.mark.slow
 def test_command_of_the_readme(source):
     command = [sys.executable, "convert_llama_weights_to_hf.py", "--input_dir", source, "--model_size", "7B"]
     done = subprocess.run([*command, "--output_dir", source / "7B-hf"], cwd=HUB, capture_output=True, text=True)

@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 HUB = Path(__file__).resolve().parent.parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 from alpaca.common.errors import UserError

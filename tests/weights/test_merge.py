@@ -690,6 +690,7 @@ def test_inputs_are_never_overwritten(chain, capsys):
         assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_command_of_the_readme(chain):
     done = subprocess.run(
         [sys.executable, "merge_llama_with_chinese_lora.py", "--base_model", chain / "base"]
