@@ -18,9 +18,9 @@ tiny: .venv/installed
 test: .venv/tools
 	python -m pytest
 
-# Every room, and more than half of the tests, in about a minute.
+# Every room, and more than half of the tests, in about a minute; FUZZ: cases of each fuzzed test.
 quick: .venv/tools
-	python -m pytest -m "not slow"
+	FUZZ=100 python -m pytest -m "not slow"
 
 reliability: tiny .venv/tools
 	python benchmarks/reliability.py
