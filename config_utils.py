@@ -18,10 +18,10 @@ import json
 import os
 import sys
 
-from alpaca.common.deepspeed_file import _checked_settings, _deepspeed_options, _deepspeed_path
+from alpaca.common.deepspeed_file import checked_settings, deepspeed_options, deepspeed_path
 from alpaca.common.errors import ConfigError, UserError, fail
-from alpaca.common.option_help import _help
-from alpaca.common.options import Option, _at, _closest, _convert, _dotted, _flatten, _kind, _text
+from alpaca.common.option_help import help_text
+from alpaca.common.options import Option, closest, dotted, flatten, kind_of, text_of, value_at, value_of
 
 RUNTIME_KEYS = ("local_rank",)  # set by the launcher for one run, so never saved
 BARE_MEANS_TRUE = ("resume", "compile", "constrained")  # strings whose option may stand alone, as that of a bool may
@@ -75,12 +75,12 @@ class Config:
     """
 
     def __init__(self, nested, deepspeed=None):
-        leaves = _flatten(nested)
+        leaves = flatten(nested)
         self.__dict__["_nested"] = copy.deepcopy(nested)
         self.__dict__["_deepspeed"] = copy.deepcopy(deepspeed)
-        settings = _flatten(deepspeed or {}, ("deepspeed",))
-        self.__dict__["_values"] = {name: _at(nested, path) for name, path in leaves.items()}
-        self.__dict__["_values"] |= {name: _at(deepspeed, path[1:]) for name, path in settings.items()}
+        settings = flatten(deepspeed or {}, ("deepspeed",))
+        self.__dict__["_values"] = {name: value_at(nested, path) for name, path in leaves.items()}
+        self.__dict__["_values"] |= {name: value_at(deepspeed, path[1:]) for name, path in settings.items()}
 
     @property
     def nested(self):
@@ -91,7 +91,7 @@ class Config:
         return copy.deepcopy(self._deepspeed)
 
     def _unknown(self, name):
-        return f"no setting {name!r}" + _closest(name, self._values, ", did you mean {!r}?")
+        return f"no setting {name!r}" + closest(name, self._values, ", did you mean {!r}?")
 
     def __getattr__(self, name):
         # copy and pickle probe underscore names on an object whose __dict__ is still empty
@@ -115,7 +115,7 @@ class Config:
 
     def __str__(self):
         width = max(map(len, self._values), default=0)
-        return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in self._values.items())
+        return "\n".join(f"{name:<{width}}  {text_of(value)}" for name, value in self._values.items())
 
     def __repr__(self):
         return f"Config({self._nested!r}, deepspeed={self._deepspeed!r})"
@@ -127,25 +127,25 @@ def parse_config(config, file, argv=None):
     Bad input prints one line on stderr and exits with 2, `--help` prints and exits with 0. Two keys with one flat name
     are a ConfigError (a ValueError), since the script itself is wrong then.
     """
-    options = _options(config)
+    options = options_of(config)
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         settings, path = None, None
         if "deepspeed_json_path" in options:
             early = _read_options(argv, options, only=("data_name", "deepspeed_json_path"))
-            path = _deepspeed_path({name: option.default for name, option in options.items()} | early, file)
+            path = deepspeed_path({name: option.default for name, option in options.items()} | early, file)
             settings = _read_json(path, "repair it, or name another with --deepspeed_json_path")
-            options |= _deepspeed_options(settings, path, options)
+            options |= deepspeed_options(settings, path, options)
         if "--help" in argv or "-h" in argv:
-            print(_help(config, file, options, path))
+            print(help_text(config, file, options, path))
             raise SystemExit(0)
         config, settings = copy.deepcopy(config), copy.deepcopy(settings)
         for name, value in _read_options(argv, options).items():
             *groups, key = options[name].path
-            _at(settings if options[name].in_deepspeed else config, groups)[key] = value
+            value_at(settings if options[name].in_deepspeed else config, groups)[key] = value
         if settings is None:
             return Config(config)
-        args = Config(config, _checked_settings(settings, Config(config), path))
+        args = Config(config, checked_settings(settings, Config(config), path))
     except UserError as error:
         fail(error)
     if os.environ.get("RANK", "0") == "0":
@@ -205,15 +205,15 @@ def load_config(path):
     return Config(config, deepspeed), saved
 
 
-def _options(config):
+def options_of(config):
     options = {}
-    for name, path in _flatten(config).items():
-        default = _at(config, path)
+    for name, path in flatten(config).items():
+        default = value_at(config, path)
         if not isinstance(default, bool | int | float | str | list | None):
-            raise ConfigError(f"CONFIG key {_dotted(path)}: a {type(default).__name__} cannot be an option")
+            raise ConfigError(f"CONFIG key {dotted(path)}: a {type(default).__name__} cannot be an option")
         if hasattr(Config, name) or name.startswith("_"):
-            raise ConfigError(f"CONFIG key {_dotted(path)}: --{name} is reserved; choose another name")
-        options[name] = Option(path, default, _kind(default))
+            raise ConfigError(f"CONFIG key {dotted(path)}: --{name} is reserved; choose another name")
+        options[name] = Option(path, default, kind_of(default))
     return options
 
 
@@ -230,21 +230,21 @@ def _read_options(argv, options, only=None):
         if only is not None and name not in only:
             continue
         if not known:
-            raise UserError(_unknown_option(token, options))
+            raise UserError(unknown_option(token, options))
         option = options[name]
         if not has_value and not follows:
             if option.kind != "bool" and name not in BARE_MEANS_TRUE:
                 raise UserError(f"--{name}: expected a value; one that starts with - needs the =: --{name}=-…")
             text = "True"
         try:
-            values[name] = _convert(text, option.kind)
+            values[name] = value_of(text, option.kind)
         except ValueError:
             kind = option.kind.replace("bool", "bool (True or False)")
             raise UserError(f"--{name}: expected {kind}, got {text!r}") from None
     return values
 
 
-def _unknown_option(token, options):
+def unknown_option(token, options):
     if not token.startswith("-"):
         return f"unexpected argument {token!r}; options are written --name=value"
     typed = token.partition("=")[0]
@@ -254,11 +254,11 @@ def _unknown_option(token, options):
         return f"unknown option {typed}; here it is --{alias}" + _home(options[alias])
     if name in options:
         return f"unknown option {typed}, did you mean --{name}?"
-    return f"unknown option {typed}" + (_closest(name, options, ", did you mean --{}?") or "; --help lists the options")
+    return f"unknown option {typed}" + (closest(name, options, ", did you mean --{}?") or "; --help lists the options")
 
 
 def _home(option):
-    return f", {_text(option.default)} in the DeepSpeed file" if option.in_deepspeed else ""
+    return f", {text_of(option.default)} in the DeepSpeed file" if option.in_deepspeed else ""
 
 
 def _read_json(path, remedy):

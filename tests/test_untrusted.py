@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import adapter_shapes
 from alpaca.models.tokenizer import load_tokenizer
-from config_utils import ALIASES, Config, _options, load_config, parse_config
+from config_utils import ALIASES, Config, load_config, options_of, parse_config
 from dataset import (
     EOS,
     PROMPT,
@@ -52,7 +52,7 @@ AWKWARD = "True|none|auto|1e-4|1,2|,|1e999|nan|\0|\ud800|.|-1|0x10|１|1_0|../..
 VALUES = st.one_of(st.text(max_size=12), st.integers().map(str), st.floats().map(str), st.sampled_from(AWKWARD))
 NAMES = st.sampled_from(
     sorted(
-        {name for config in CONFIGS.values() for name in _options(config)}
+        {name for config in CONFIGS.values() for name in options_of(config)}
         | {f"deepspeed_{name}" for name in ("optimizer_params_lr", "optimizer_params_betas", "bf16_enabled")}
         | {"deepspeed_zero_optimization_stage", "deepspeed_train_micro_batch_size_per_gpu", "help", *ALIASES}
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from alpaca.common.option_help import _source
-from alpaca.common.options import _flatten, _text
+from alpaca.common.option_help import source_of
+from alpaca.common.options import flatten, text_of
 from alpaca.corpora.labels import DEFAULT_LABELS
 from dataset import INSTRUCT, QUERY_PREFIX
 
@@ -219,7 +219,7 @@ def config_of(script):
 def leaves(nested):
     """{flat name: value} of a nested dict."""
     values = {}
-    for name, path in _flatten(nested).items():
+    for name, path in flatten(nested).items():
         value = nested
         for key in path:
             value = value[key]
@@ -229,14 +229,14 @@ def leaves(nested):
 
 def options_of(script, language):
     """A row for each option, in the order of CONFIG: (option, default, meaning), as they stand in the page."""
-    (_, comments), config = _source(ROOT / script), config_of(script)
+    (_, comments), config = source_of(ROOT / script), config_of(script)
     rows = []
-    for (name, default), path in zip(leaves(config).items(), _flatten(config).values(), strict=True):
+    for (name, default), path in zip(leaves(config).items(), flatten(config).values(), strict=True):
         comment = re.sub("train_(trainer|deepspeed)", "<command>", comments[path])  # one row for both trainers
         if language == "zh":
             comment = CHINESE[comment]
         comment = re.sub(r"(?a)[\w./<>-]*<\w+>[\w./<>-]*", r"`\g<0>`", comment)  # else HTML to Markdown
-        rows.append((f"`--{name}`", f"`{_text(default)}`", comment))
+        rows.append((f"`--{name}`", f"`{text_of(default)}`", comment))
     return rows
 
 
@@ -261,7 +261,7 @@ def page(language):
     files = (ROOT / "deepspeed.json", ROOT / "data" / "demo" / "deepspeed.json")
     root, demo = (leaves(json.loads(file.read_text(encoding="utf-8"))) for file in files)
     assert root.keys() == demo.keys()
-    rows = [f"| `--deepspeed_{name}` | `{_text(root[name])}` | `{_text(demo[name])}` |" for name in root]
+    rows = [f"| `--deepspeed_{name}` | `{text_of(root[name])}` | `{text_of(demo[name])}` |" for name in root]
     parts.append(DEEPSPEED[language].format(rows="\n".join(rows)))
     return "\n".join(parts)
 

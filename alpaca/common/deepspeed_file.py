@@ -3,7 +3,7 @@
 import os
 
 from alpaca.common.errors import ConfigError, UserError
-from alpaca.common.options import PRECISIONS, Option, _at, _dotted, _flatten, _kind
+from alpaca.common.options import PRECISIONS, Option, dotted, flatten, kind_of, value_at
 
 # What the DeepSpeed file calls it -> what CONFIG calls it.
 BATCH_KEYS = {
@@ -12,7 +12,7 @@ BATCH_KEYS = {
 }
 
 
-def _deepspeed_path(values, file):
+def deepspeed_path(values, file):
     """The file asked for, else data/<data_name>/deepspeed.json beside the script, else deepspeed.json there."""
     if values["deepspeed_json_path"]:
         return values["deepspeed_json_path"]
@@ -21,17 +21,17 @@ def _deepspeed_path(values, file):
     return os.path.relpath(own if os.path.exists(own) else os.path.join(folder, "deepspeed.json"))
 
 
-def _deepspeed_options(settings, path, taken):
+def deepspeed_options(settings, path, taken):
     """Leaves of the DeepSpeed file -> options, typed by their values in the file."""
     options = {}
     try:
-        leaves = _flatten(settings, ("deepspeed",))
+        leaves = flatten(settings, ("deepspeed",))
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from None
     for name, (_, *keys) in leaves.items():
-        default = _at(settings, keys)
+        default = value_at(settings, keys)
         if name in taken:
-            raise UserError(f"{path}: {_dotted(keys)} and CONFIG key {_dotted(taken[name].path)} are both --{name}")
+            raise UserError(f"{path}: {dotted(keys)} and CONFIG key {dotted(taken[name].path)} are both --{name}")
         if isinstance(default, list) and any(isinstance(item, dict | list | None) for item in default):
             continue  # nothing that fits on a command line
         options[name] = Option(tuple(keys), default, _deepspeed_kind(keys, default), in_deepspeed=True)
@@ -41,13 +41,13 @@ def _deepspeed_options(settings, path, taken):
 def _deepspeed_kind(keys, default):
     if default == "auto":
         return "auto or " + {"enabled": "bool", **dict.fromkeys(BATCH_KEYS, "int")}.get(keys[-1], "number")
-    kind = _kind(default)
+    kind = kind_of(default)
     # JSON has one kind of number: a file that says "weight_decay": 0 must not refuse 0.01
     real = keys[:2] == ["optimizer", "params"] or keys == ["gradient_clipping"]
     return kind.replace("int", "float") if real else kind
 
 
-def _checked_settings(settings, args, path):
+def checked_settings(settings, args, path):
     """DeepSpeed settings with the batch numbers of CONFIG filled in; UserError where the two contradict each other.
 
     bf16 and fp16 are only compared with `precision`; what "auto" means there depends on the device.
@@ -103,10 +103,10 @@ def _check_precision(settings, precision, path):
 
 def _check_numbers(settings, path):
     """The learning rate has its home in the file, and raw DeepSpeed does not know "auto"."""
-    for name, keys in _flatten(settings).items():
-        if _at(settings, keys) == "auto" and keys not in (("bf16", "enabled"), ("fp16", "enabled")):
+    for name, keys in flatten(settings).items():
+        if value_at(settings, keys) == "auto" and keys not in (("bf16", "enabled"), ("fp16", "enabled")):
             raise UserError(
-                f"{path}: {_dotted(keys)} must be a number, not auto; write one or pass --deepspeed_{name}=…"
+                f"{path}: {dotted(keys)} must be a number, not auto; write one or pass --deepspeed_{name}=…"
             )
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None

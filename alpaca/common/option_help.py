@@ -4,12 +4,12 @@ import ast
 import io
 import tokenize
 
-from alpaca.common.options import _text
+from alpaca.common.options import text_of
 
 
-def _help(config, file, options, path):
+def help_text(config, file, options, path):
     """Module docstring of the script, then a line for each option: name, kind, trailing comment, default."""
-    doc, comments = _source(file)
+    doc, comments = source_of(file)
     lines = [doc, ""] if doc else []
     settings = {name: option for name, option in options.items() if option.in_deepspeed}
     lines += _help_lines({name: option for name, option in options.items() if name not in settings}, comments)
@@ -24,10 +24,10 @@ def _help_lines(options, comments):
     for name, option in options.items():
         comment = comments.get(option.path, "")
         start = f"  --{name:<{width}}  {option.kind:<{kinds}}  "
-        yield f"{start}{comment}{' ' if comment else ''}[{_text(option.default)}]"
+        yield f"{start}{comment}{' ' if comment else ''}[{text_of(option.default)}]"
 
 
-def _source(file):
+def source_of(file):
     """Docstring of a script and {path of a CONFIG key: its trailing comment}; nothing where there is no source."""
     try:
         with tokenize.open(file) as source:

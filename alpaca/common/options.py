@@ -17,7 +17,7 @@ class Option(NamedTuple):
     in_deepspeed: bool = False
 
 
-def _flatten(nested, root=()):
+def flatten(nested, root=()):
     """Nested dict -> {flat name: path}; ConfigError where two keys, group names included, share a flat name."""
     leaves, groups = {}, {}
 
@@ -29,27 +29,27 @@ def _flatten(nested, root=()):
                 groups[name] = here
                 walk(value, here)
             elif name in leaves:
-                raise ConfigError(f"{_dotted(leaves[name])} and {_dotted(here)} are both --{name}; rename one")
+                raise ConfigError(f"{dotted(leaves[name])} and {dotted(here)} are both --{name}; rename one")
             else:
                 leaves[name] = here
 
     walk(nested, root)
     for name in leaves.keys() & groups.keys():
-        raise ConfigError(f"{_dotted(leaves[name])} and {_dotted(groups[name])} are both --{name}; rename one")
+        raise ConfigError(f"{dotted(leaves[name])} and {dotted(groups[name])} are both --{name}; rename one")
     return leaves
 
 
-def _dotted(path):
+def dotted(path):
     return repr(".".join(path))
 
 
-def _at(nested, path):
+def value_at(nested, path):
     for key in path:
         nested = nested[key]
     return nested
 
 
-def _kind(default):
+def kind_of(default):
     if default is None:
         return "str or None"
     if isinstance(default, list):
@@ -58,20 +58,20 @@ def _kind(default):
     return type(default).__name__
 
 
-def _closest(name, names, sentence):
+def closest(name, names, sentence):
     close = difflib.get_close_matches(name.lower(), list(names), n=1)
     return sentence.format(close[0]) if close else ""
 
 
-def _convert(text, kind):
+def value_of(text, kind):
     """Text of an option -> value; ValueError if it is not of that kind."""
     if kind.startswith("list of "):
         items = [item.strip() for item in text.split(",")] if text.strip() else []
         if "" in items:
             raise ValueError
-        return [_convert(item, kind.removeprefix("list of ")) for item in items]
+        return [value_of(item, kind.removeprefix("list of ")) for item in items]
     if kind.startswith("auto or "):
-        return text if text == "auto" else _convert(text, kind.removeprefix("auto or "))
+        return text if text == "auto" else value_of(text, kind.removeprefix("auto or "))
     if kind == "bool":
         if text.lower() not in ("true", "false"):
             raise ValueError
@@ -87,6 +87,6 @@ def _convert(text, kind):
     return None if kind == "str or None" and text == "None" else text
 
 
-def _text(value):
+def text_of(value):
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     return text.replace("\n", "\\n")

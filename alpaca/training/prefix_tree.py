@@ -59,7 +59,7 @@ def pad_batch(examples, pad_id):
     }
 
 
-def _shared(a, b):
+def shared_length(a, b):
     """Length of the common prefix of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
@@ -84,7 +84,7 @@ def tree_row(examples, share=True):
     def add(group, depth):
         """The subtree of examples (sorted by prompt) whose first `depth` prompt ids are in the row already."""
         first, last = group[0].prompt_ids, group[-1].prompt_ids
-        common = _shared(first, last)  # of all: the group is sorted
+        common = shared_length(first, last)  # of all: the group is sorted
         inner = [e for e in group if len(e.prompt_ids) > common]
         branches = _branches(inner, common)
         if inner and len(group) > 1 and common - depth < MIN_SHARED:  # not worth a node of its own
