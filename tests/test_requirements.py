@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT
+from harness import ROOT
 
 OPTIONAL = {"trl", "datasets", "liger_kernel"}  # what benchmarks compare with; each says which version
 LISTING = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
