@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from alpaca.scoring.metrics import score
-from embedded_model.make_demo import LEXICON
+from embedded_model.sources import LEXICON
 
 FOLDER = ROOT / "data" / "demo" / "ori_data"
 LABELS = ["PER", "LOC", "ORG"]

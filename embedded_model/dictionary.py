@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
-from embedded_model.make_demo import LEXICON, TEMPLATES, is_held_out, split_template
+from embedded_model.sources import LEXICON, TEMPLATES, is_held_out, split_template
 
 # Parts of speech whose words may stand for each other: noun, verb, verbal noun, adjective, adverb, attribute, state, place
 # word, idiom, time. Proper names (nr, ns, nt, nz, nrt, j), numbers, pronouns and function words are no ordinary words here.

@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 from dataset import build_prompt
 from embedded_model import dictionary
-from embedded_model.make_demo import ENTITY_FREE_SHARE, ENTITY_TYPES, HANZI, LEXICON, TextMaker, plain_text, slot_kind
+from embedded_model.sources import ENTITY_TYPES, HANZI, LEXICON, slot_kind
+from embedded_model.text_maker import ENTITY_FREE_SHARE, TextMaker, plain_text
 
 # Words of the project's NER instruction and labels. They are whole pieces of the vocabulary, and LoRA does not touch lm_head,
 # so each must have been an output before: repeat() draws from them.

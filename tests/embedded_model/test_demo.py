@@ -13,8 +13,10 @@ from harness import ROOT
 sys.path[:0] = [str(ROOT / "benchmarks")]
 import demo_baselines
 
-from embedded_model import make_demo
-from embedded_model.make_demo import ENTITY_SLOTS, LEXICON, TEMPLATES, TextMaker, chinese_number, split_template
+from embedded_model import make_demo, quantities
+from embedded_model.quantities import chinese_number
+from embedded_model.sources import ENTITY_SLOTS, LEXICON, TEMPLATES, split_template
+from embedded_model.text_maker import TextMaker
 
 ORI_DATA = ROOT / "data" / "demo" / "ori_data"
 OTHER_SLOTS = set("数 日期 年 金额 比例 作品 职务 身份".split())
@@ -154,8 +156,10 @@ def test_numbers():
     numbers = {2: "二", 10: "十", 15: "十五", 20: "二十", 203: "二百零三", 310: "三百一十", 999: "九百九十九"}
     assert {n: chinese_number(n) for n in numbers} == numbers
     maker = TextMaker(0, "train")
-    assert not re.search("(?<![十百零])二名", " ".join(maker.counted("有", "名工人") + "名" for _ in range(300)))
-    assert all(re.fullmatch(r"[0-9.．]+%|百分之.+|.成", maker.share()) for _ in range(300))
+    assert not re.search(
+        "(?<![十百零])二名", " ".join(quantities.counted(maker, "有", "名工人") + "名" for _ in range(300))
+    )
+    assert all(re.fullmatch(r"[0-9.．]+%|百分之.+|.成", quantities.share(maker)) for _ in range(300))
 
 
 def test_baselines_stay_below(corpus):

@@ -12,8 +12,9 @@ from harness import ROOT
 
 pytest.importorskip("jieba", reason="only the training of the embedded model needs jieba's dictionary")
 from embedded_model import dictionary, tasks
-from embedded_model.make_demo import ENTITY_TYPES, TEMPLATES, is_held_out, plain_text
+from embedded_model.sources import ENTITY_TYPES, TEMPLATES, is_held_out
 from embedded_model.tasks import NOTHING, TASKS, RoughTextMaker, any_text, find_things
+from embedded_model.text_maker import plain_text
 
 
 @pytest.fixture(scope="module")
