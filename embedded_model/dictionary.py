@@ -1,7 +1,7 @@
-"""Ordinary words, and more names, for the pretraining text: the dictionary that the package jieba ships.
+"""Ordinary words and more names for the pretraining, from the dictionary of the package jieba.
 
-Its 349,000 entries have a frequency and a part of speech. They are here for one reason: a model that has seen only the words
-of a few thousand templates takes every other word for a name. Only the file dict.txt is read, none of jieba's code runs.
+Its 349,000 entries have a frequency and a part of speech. They are needed because a model that has seen only the words
+of a few thousand templates takes every other word for a name. Only the file dict.txt is read; no code of jieba runs.
 """
 
 import functools
@@ -9,24 +9,23 @@ import importlib.util
 import math
 import random
 import re
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
+from alpaca.common.errors import UserError
 from embedded_model.sources import LEXICON, TEMPLATES, is_held_out, split_template
 
-# Parts of speech whose words may stand for each other: noun, verb, verbal noun, adjective, adverb, attribute, state, place
-# word, idiom, time. Proper names (nr, ns, nt, nz, nrt, j), numbers, pronouns and function words are no ordinary words here.
+# jieba's parts of speech -> classes whose words may stand for each other: noun, verb, verbal noun, adjective, adverb,
+# attribute, state, place word, idiom, time. Names (nr, ns, nt, nz, nrt, j), numbers, pronouns and function words have none.
 CLASSES = {"n": "n", "v": "v", "vn": "vn", "a": "a", "an": "a", "d": "d", "ad": "d", "b": "b", "z": "z", "s": "s"}
 CLASSES |= {"i": "i", "l": "i", "t": "t"}
-DRAWN = 60000  # words in the pool of a class, drawn with a weight of frequency ** 0.6
-RARE = 3  # the lowest frequency, of half of the entries; many of them are no words
-# Written on to a name they would belong to it (长沙 + 县), so a single one is never put anywhere.
+DRAWN = 60000  # words in a pool, drawn with a weight of frequency ** 0.6
+RARE = 3  # half of the entries have this frequency, the lowest; many of them are no words
+COMMON_WORDS = 12000  # how many of the most frequent words frequent_words gives
+# Right behind a name, each of these would belong to it (长沙 + 县), so none of them is put into a text as a word.
 NAME_PARTS = set(
     "省市县区州镇乡村旗庄寨屯路街巷里桥山峰岭河江湖海岛湾港洋洲国族人氏家某队厂校局院部所处科室站场店社行会团军师营党老小阿大新东西南北中上下前后"
 )
-# Headings of lexicon.txt whose words are no ordinary words, and those of places with which no ordinary word begins either.
+# Headings of lexicon.txt. NAMES: their words are no ordinary words. PLACES: nor is a word that begins with one of theirs.
 NAMES = "知名中国人 知名外国人 外国姓 外国名单 县级市 真县 名景 区域 真设施 真村 真街 国家机构 国际组织 党派 真校 真公司 真简称 真媒体".split()
 PLACES = "省名 直辖市 自治区 城市 国家 洲 外国地名 特区".split()
 PLACE_ENDINGS = tuple("省市县区州镇乡村旗山河江湖岛湾峡港")
@@ -38,25 +37,27 @@ ORGANISATION_ENDINGS = tuple(
 
 
 def plain_words(headings):
+    """The words of these lists of lexicon.txt, from two characters on; patterns are left out."""
     return {entry for heading in headings for entry in LEXICON[heading] if type(entry) is str and len(entry) > 1}
 
 
 def find_dictionary():
+    """The path of jieba's dict.txt; UserError where jieba is not installed."""
     spec = importlib.util.find_spec("jieba")
     if spec is None:
-        raise SystemExit("the dictionary of the package jieba is missing: pip install jieba==0.42.1")
+        raise UserError("the dictionary of the package jieba is missing; `pip install jieba==0.42.1` installs it")
     return Path(spec.origin).with_name("dict.txt")
 
 
 @functools.cache
 def entries():
-    """{word: (frequency, part of speech)}"""
+    """The dictionary: {word: (frequency, part of speech)}."""
     lines = find_dictionary().read_text(encoding="utf-8").splitlines()
     return {word: (int(count), tag) for word, count, tag in map(str.split, lines)}
 
 
 def is_simplified(word):
-    """Whether all characters are Chinese ones of GB2312."""
+    """Whether a word consists of Chinese characters of GB2312 alone."""
     try:
         return len(word.encode("gb2312")) == 2 * len(word) and word.isalpha()
     except UnicodeEncodeError:
@@ -64,7 +65,7 @@ def is_simplified(word):
 
 
 def is_ordinary(word, names, places):
-    """Neither a name nor a word that begins with one, nor the bare form of a place (石首 of 石首市)."""
+    """Whether a word is neither a name, nor begins with a place, nor is a place without its ending (石首 of 石首市)."""
     if word in names or not is_simplified(word):
         return False
     if any(word[:n] in places for n in range(2, min(len(word), 6) + 1)):
@@ -74,7 +75,7 @@ def is_ordinary(word, names, places):
 
 @functools.cache
 def pools():
-    """{(class, length up to 4): words, the frequent ones several times}"""
+    """{(class, characters, 4 standing for more): DRAWN ordinary words, the frequent ones several times}."""
     names, places = plain_words(NAMES), plain_words(PLACES)
     found = {}
     for word, (count, tag) in entries().items():
@@ -93,27 +94,27 @@ def pools():
 
 @functools.cache
 def pool_of(word):
-    """The words that may stand for this one, or None."""
+    """The words that may stand for this one, or None where it must stay."""
     tag = entries().get(word, (0, ""))[1]
     return pools().get((CLASSES[tag], min(len(word), 4))) if tag in CLASSES and word not in NAME_PARTS else None
 
 
 def is_noun(word):
-    """Whether a name could go on with it: nouns, and what may be one."""
+    """Whether a name could go on with this word: a noun, or what may be one."""
     return entries().get(word, (0, ""))[1] not in ("v", "vn", "a", "d", "ad", "p", "c", "z")
 
 
 @functools.cache
-def frequent_words(count):
-    """The most frequent ordinary words of the dictionary, from two characters on, and the names of the lexicon's lists."""
+def frequent_words():
+    """The COMMON_WORDS most frequent ordinary words from two characters on, and the names listed in lexicon.txt."""
     ordinary = {word for (_, length), words in pools().items() if length > 1 for word in words}
     ordinary = sorted(ordinary, key=lambda word: (-entries()[word][0], word))
-    return ordinary[:count] + sorted(plain_words(NAMES + PLACES))
+    return ordinary[:COMMON_WORDS] + sorted(plain_words(NAMES + PLACES))
 
 
 @functools.cache
 def segment(text):
-    """The words of a text: the most probable sequence by the frequencies of single words."""
+    """The words of a text (list of str): the most probable sequence, by the frequencies of the single words."""
     dictionary, total = entries(), math.log(60_000_000)
     best = [(0.0, 0)] * (len(text) + 1)
     for i in range(len(text) - 1, -1, -1):
@@ -131,7 +132,7 @@ def segment(text):
 
 @functools.cache
 def clauses():
-    """The clauses of train's templates without any slot, as lists of words."""
+    """The clauses of those of train's templates that have no slot: {clause: its words}."""
     found = {}
     for _, line in TEMPLATES:
         if len(split_template(line)) == 1 and not is_held_out("sentence:" + line):
@@ -143,7 +144,7 @@ def clauses():
 
 @functools.cache
 def lexicon():
-    """The lexicon with the dictionary's names in it. Those that are no clean names by their form are left out."""
+    """lexicon.txt's lists (sources.LEXICON) with the dictionary's names in them, but for those of doubtful form."""
     surnames, places = set(LEXICON["姓"]), plain_words(PLACES)
     syllables = set("".join(LEXICON["音译"]) + "".join(LEXICON["音译尾"]))
     ordinary = {word for word, (_, tag) in entries().items() if tag in CLASSES}
@@ -175,7 +176,7 @@ def lexicon():
     more["词典机构"] = organisations
 
     def grown(heading, part, share):
-        """Entries of which `share` come from the dictionary."""
+        """A list of which the fraction `share` comes from the dictionary's names under the heading `part`."""
         entries_, times = LEXICON[heading], share / (1 - share) * len(LEXICON[heading])
         return entries_ + [["", part, ""]] * max(1, round(times))
 
@@ -195,8 +196,8 @@ def lexicon():
 
 
 def prepare():
-    """Fill the caches, so that forked processes share them."""
-    pools(), lexicon(), clauses()
+    """Fill the caches, so that processes forked after this share them."""
+    pools(), lexicon(), clauses(), frequent_words()
     for _, line in TEMPLATES:
         for literal in split_template(line)[::2]:
             for word in segment(literal):

@@ -13,10 +13,10 @@ from embedded_model.sources import (
     split_template,
 )
 
-ENTITY_FREE_SHARE = 0.32  # of the texts
+ENTITY_FREE_SHARE = 0.32  # of the texts, as a fraction
 # How many sentences a text may have, with entities (False) and without.
 SENTENCES_OF_A_TEXT = {False: [1] * 15 + [2] * 4 + [3], True: [1] * 8 + [2] * 5 + [3] * 2}
-PLACE_IN_PLACE_SHARE = 0.12  # of the counties, villages and streets: 湖南省 + 明溪县, two entities
+PLACE_IN_PLACE_SHARE = 0.12  # of the counties, villages and streets, as a fraction: 湖南省 + 明溪县, two entities
 BEFORE_SHORT_COUNTRY = tuple("访驻赴抵离对援")  # 访华, 驻日大使
 
 
@@ -135,6 +135,16 @@ class TextMaker:
         return [(self.compose(office if office in self.lexicon else slot), slot)]  # 职务, 身份
 
 
+def any_text(maker):
+    """The segments of a text of `maker`, with or without an entity as often as in the demo corpus."""
+    return maker.text(maker.chance(ENTITY_FREE_SHARE))
+
+
 def plain_text(segments):
     """The text that segments make up."""
     return "".join(string for string, _ in segments)
+
+
+def distinct(items):
+    """The items without repeats, in their order."""
+    return list(dict.fromkeys(items))

@@ -42,8 +42,11 @@ start()
 from alpaca.corpora.convert import convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems
+from dataset import build_prompt
 from embedded_model import dictionary
-from embedded_model.tasks import NO_LOSS, STAGES, TASKS, TextMaker, any_text, build_prompt, make_batch, plain_text
+from embedded_model.documents import NO_LOSS, STAGES, make_batch
+from embedded_model.tasks import TASKS
+from embedded_model.text_maker import TextMaker, any_text, plain_text
 from embedded_model.vocabulary import build_vocabularies
 from process import CONFIG as PROCESS
 

@@ -1,5 +1,7 @@
-"""The three vocabularies of the embedded model, built the way the real ones were: a base one with English, bytes and few
-Chinese characters; a merged one, with Chinese pieces added whose scores are all 0; the merged one with [PAD] as last piece.
+"""The three vocabularies of the embedded model, built as the real ones were.
+
+base: English, bytes and few Chinese characters. merged: base and Chinese pieces whose scores are all 0. alpaca: merged
+and, as its last piece, [PAD].
 """
 
 import collections
@@ -9,13 +11,18 @@ import random
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from embedded_model.tasks import HANZI, LEXICON, NER_WORDS, WORDS, RoughTextMaker, any_text, build_prompt, plain_text
+from dataset import build_prompt
+from embedded_model import dictionary
+from embedded_model.rough_text import RoughTextMaker
+from embedded_model.sources import HANZI, LEXICON
+from embedded_model.tasks import NER_WORDS
+from embedded_model.text_maker import any_text, plain_text
 
 BASE_PIECES, MERGED_PIECES = 2000, 6000
-BASE_HANZI = 700
-RARE_HANZI = 400  # beyond GB2312 level 1, most of them written in names
+BASE_HANZI = 700  # Chinese characters of the base vocabulary
+RARE_HANZI = 400  # characters beyond GB2312 level 1; most of them stand in names
 SAMPLE_TEXTS = 60000
-LONGEST_CHINESE_PIECE = 4
+LONGEST_CHINESE_PIECE = 4  # characters
 # The settings of LLaMA's own tokenizer.
 TRAINER_SETTINGS = dict(
     model_type="bpe",
@@ -41,7 +48,7 @@ def is_hanzi(character):
 
 
 def train_bpe(lines, pieces, **settings):
-    """A sentencepiece model (protobuf) trained on `lines`."""
+    """A sentencepiece model (ModelProto) with so many pieces, trained on `lines`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=pieces, **TRAINER_SETTINGS, **settings
@@ -52,8 +59,10 @@ def train_bpe(lines, pieces, **settings):
 
 
 def base_lines(texts, rng):
-    """Text for the base vocabulary: English words, the prompt frame, and single Chinese characters and marks, set apart so
-    that none of them merge."""
+    """Text that makes the base vocabulary: English words, the prompt, and single Chinese characters and marks.
+
+    Spaces stand between the characters, so that no two of them become one piece.
+    """
     frequency = collections.Counter(character for text in texts for character in text)
     hanzi = [c for c, _ in frequency.most_common() if is_hanzi(c)]
     needed = [c for c in dict.fromkeys("".join(NER_WORDS)) if c in frequency]
@@ -70,19 +79,21 @@ def base_lines(texts, rng):
 
 
 def chinese_pieces(texts, existing, room):
-    """`room` pieces that are not among `existing`: every GB2312 level-1 character, the most frequent others, the rest words, those
-    of the dictionary first."""
+    """`room` pieces that are not in `existing`.
+
+    Every character of GB2312 level 1, the most frequent others, and for the rest words, those of the dictionary first.
+    """
     frequency = collections.Counter(c for text in texts for c in text if is_hanzi(c))
     others = [c for c, _ in frequency.most_common() if c not in set(HANZI)][:RARE_HANZI]
     characters = [c for c in HANZI + others if c not in existing]
     trained = train_bpe(texts, 8000, max_sentencepiece_length=LONGEST_CHINESE_PIECE)
     trained = [p.piece for p in trained.pieces if len(p.piece) > 1 and all(map(is_hanzi, p.piece))]
-    listed = set(WORDS)
+    listed = set(dictionary.frequent_words())
     words = [w for w in NER_WORDS if len(w) > 1]
     words += [w for w in trained if w in listed] + [w for w in trained if w not in listed and len(w) == 2]
     words = [w for w in dict.fromkeys(words) if w not in existing]
     room -= len(characters)
-    while True:  # a piece that is not the sum of two pieces can never be reached by merging
+    while True:  # merging joins two pieces, so a word that is not the sum of two pieces would never be used
         pieces = existing | set(characters) | set(words[:room])
         unreachable = {
             w for w in words[:room] if not any(w[:i] in pieces and w[i:] in pieces for i in range(1, len(w)))
@@ -93,14 +104,17 @@ def chinese_pieces(texts, existing, room):
 
 
 def add_pieces(proto, pieces):
-    """Score 0 and type NORMAL for each, as in the published vocabularies ([PAD] too: a typed "[PAD]" stays text)."""
+    """Add pieces to a sentencepiece model, each with score 0 and type NORMAL, as in the published vocabularies.
+
+    [PAD] too is of that type, so a "[PAD]" that somebody types stays text.
+    """
     for piece in pieces:
         proto.pieces.add(piece=piece, score=0.0)
     proto.trainer_spec.vocab_size = len(proto.pieces)
 
 
 def build_vocabularies(seed):
-    """{"base", "merged", "alpaca"}: serialized sentencepiece models."""
+    """{"base", "merged", "alpaca"}: the bytes of their tokenizer.model."""
     maker = RoughTextMaker(seed, "train", walk_share=0.0, rough_share=0.5)
     texts = [plain_text(any_text(maker)) for _ in range(SAMPLE_TEXTS)]
     proto = train_bpe(base_lines(texts, random.Random(seed)), BASE_PIECES)

@@ -11,10 +11,13 @@ import sentencepiece
 from harness import ROOT
 
 pytest.importorskip("jieba", reason="only the training of the embedded model needs jieba's dictionary")
-from embedded_model import dictionary, tasks
+from alpaca.common.errors import UserError
+from dataset import NO_ENTITY
+from embedded_model import dictionary, documents, tasks
+from embedded_model.rough_text import RoughTextMaker
 from embedded_model.sources import ENTITY_TYPES, TEMPLATES, is_held_out
-from embedded_model.tasks import NOTHING, TASKS, RoughTextMaker, any_text, find_things
-from embedded_model.text_maker import plain_text
+from embedded_model.tasks import TASKS, find_things
+from embedded_model.text_maker import any_text, plain_text
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +27,7 @@ def maker():
 
 def test_without_jieba_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install jieba==") as error:
+    with pytest.raises(UserError, match="pip install jieba==") as error:
         dictionary.find_dictionary()
     assert "\n" not in str(error.value)
 
@@ -76,7 +79,7 @@ def test_tasks_can_be_answered_and_are_not_the_demos(maker, task):
         assert not re.search("_(?:人名|地名|机构名)$", answer, re.MULTILINE)
         if task is tasks.list_proper_names:
             names = list(dict.fromkeys(s for s, kind in segments if kind in ENTITY_TYPES))
-            assert answer == ("\n".join(names) or NOTHING) and query == "文本：" + plain_text(segments)
+            assert answer == ("\n".join(names) or NO_ENTITY) and query == "文本：" + plain_text(segments)
 
 
 def test_the_demos_rehearsal_is_what_the_script_writes():
@@ -89,6 +92,6 @@ def test_a_batch_depends_on_its_seed_alone():
         sentencepiece.SentencePieceProcessor(model_file=str(ROOT / "model_hub" / folder / "tokenizer.model"))
         for folder in ("tiny", "chinese-llama-plus-lora-tiny")
     )
-    first, again, other = (tasks.make_batch("base", seed, 2, base, merged) for seed in ("1-0", "1-0", "1-1"))
-    assert first.shape == (2, tasks.ROW_LENGTH) and (first == again).all() and (first != other).any()
-    assert np.all((first & (tasks.NO_LOSS - 1)) < merged.get_piece_size())
+    first, again, other = (documents.make_batch("base", seed, 2, base, merged) for seed in ("1-0", "1-0", "1-1"))
+    assert first.shape == (2, documents.ROW_LENGTH) and (first == again).all() and (first != other).any()
+    assert np.all((first & (documents.NO_LOSS - 1)) < merged.get_piece_size())
