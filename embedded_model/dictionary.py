@@ -15,7 +15,8 @@ from alpaca.common.errors import UserError
 from embedded_model.sources import LEXICON, TEMPLATES, is_held_out, split_template
 
 # jieba's parts of speech -> classes whose words may stand for each other: noun, verb, verbal noun, adjective, adverb,
-# attribute, state, place word, idiom, time. Names (nr, ns, nt, nz, nrt, j), numbers, pronouns and function words have none.
+# attribute, state, place word, idiom, time. Names (nr, ns, nt, nz, nrt, j), numbers, pronouns and function words have
+# no class.
 CLASSES = {"n": "n", "v": "v", "vn": "vn", "a": "a", "an": "a", "d": "d", "ad": "d", "b": "b", "z": "z", "s": "s"}
 CLASSES |= {"i": "i", "l": "i", "t": "t"}
 DRAWN = 60000  # words in a pool, drawn with a weight of frequency ** 0.6
@@ -25,7 +26,7 @@ COMMON_WORDS = 12000  # how many of the most frequent words frequent_words gives
 NAME_PARTS = set(
     "省市县区州镇乡村旗庄寨屯路街巷里桥山峰岭河江湖海岛湾港洋洲国族人氏家某队厂校局院部所处科室站场店社行会团军师营党老小阿大新东西南北中上下前后"
 )
-# Headings of lexicon.txt. NAMES: their words are no ordinary words. PLACES: nor is a word that begins with one of theirs.
+# Headings of lexicon.txt. The words of NAMES are no ordinary words, nor are those that begin with a word of PLACES.
 NAMES = "知名中国人 知名外国人 外国姓 外国名单 县级市 真县 名景 区域 真设施 真村 真街 国家机构 国际组织 党派 真校 真公司 真简称 真媒体".split()
 PLACES = "省名 直辖市 自治区 城市 国家 洲 外国地名 特区".split()
 PLACE_ENDINGS = tuple("省市县区州镇乡村旗山河江湖岛湾峡港")

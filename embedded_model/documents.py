@@ -11,8 +11,8 @@ ROW_LENGTH = 513  # tokens: 512 inputs, each with the token that follows it
 NO_LOSS = 0x4000  # set in a token id of a row: the token is read, but not predicted
 # The fraction of the tasks whose text and question are predicted too. The small network is to learn the answers first.
 PREDICTED_QUESTIONS = 0.3
-# What a stage reads, as fractions. text: documents of plain text, the others are tasks; framed: tasks in the project's
-# prompt, the others stand in a shorter one, which saves tokens; base_vocabulary: documents encoded in it; walk and rough:
+# What a stage reads, as fractions. text: documents of plain text, the others are tasks. framed: tasks in the project's
+# prompt, the others stand in a shorter one, which saves tokens. base_vocabulary: documents encoded in it. walk, rough:
 # sentences, as in RoughTextMaker.
 STAGES = {
     "base": {"text": 0.20, "framed": 0.20, "base_vocabulary": 0.08, "walk": 0.25, "rough": 0.8},

@@ -8,8 +8,8 @@ JSON object a line: {"text": "…", "entity_list": [{"entity_index": {"begin": 3
 
 The head of lexicon.txt says what counts as one entity. What stands inside 《》 is a title and holds none.
 
-dev measures reading, not memory: its templates, persons and organisations occur nowhere in train. A hash of each decides
-its side (sources.py), so train_tiny.py, which uses the same templates and names, can leave out those of dev as well.
+dev measures reading, not memory: its templates, persons and organisations occur nowhere in train. A hash of each
+decides its side (sources.py), so train_tiny.py, which uses the same templates and names, leaves out those of dev too.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The two files written by hand, lexicon.txt and templates.txt, and the side of the split that each of their lines is on."""
+"""The two files written by hand, lexicon.txt and templates.txt, and what of them is held out for dev."""
 
 import re
 import zlib

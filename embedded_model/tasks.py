@@ -27,8 +27,8 @@ CONFIG = {
     "rehearse": None,  # the file that the rows of the demo's rehearsal go to; None: print samples
 }
 REHEARSAL_ROWS, REHEARSAL_SEED = 800, 79
-# Words of the project's NER instruction and labels, each a piece of the vocabulary. A LoRA for NER does not change lm_head,
-# so the pretraining must have seen each of them as an output: repeat() draws from them.
+# Words of the project's NER instruction and labels, each a piece of the vocabulary. A LoRA for NER does not change
+# lm_head, so the pretraining must have seen each of them as an output: repeat() draws from them.
 NER_WORDS = (
     "实体 识别 模型 提取 文本 里面 人名 地名 机构名 机构 存在 结果 返回 类型 不同 分隔 如果 没有 回答 问题 需要 你现在 一个 之间"
 ).split()
@@ -55,7 +55,7 @@ QUESTION_WORDS = {
     "职务": ["什么人"],
     "身份": ["什么人"],
 }
-# What extract_things asks for, found in a text whose names are blanked out: its form decides, not the slot it came from.
+# What extract_things asks for, found in a text whose names are blanked out: by its form, not by the slot it came from.
 DIGITS = "[0-9０-９]"
 NUMERAL = "[0-9０-９〇零一二三四五六七八九十]"
 THINGS = re.compile(
@@ -175,7 +175,10 @@ def tell_kinds(maker, segments):
 
 
 def repeat(maker, segments):
-    """Write a text once more; often a row of unrelated words, so that every piece of the vocabulary is sometimes an output."""
+    """Write a text once more.
+
+    Sixty in a hundred are unrelated words, so that every piece of the vocabulary is an output now and then.
+    """
     text, form = plain_text(segments)[:60], maker.random.random()
     if form < 0.4:
         pools = [dictionary.frequent_words()] * 6 + [NER_WORDS] + [HANZI] * 3

@@ -1,6 +1,6 @@
 """The three vocabularies of the embedded model, built as the real ones were.
 
-base: English, bytes and few Chinese characters. merged: base and Chinese pieces whose scores are all 0. alpaca: merged
+base: English, bytes and few Chinese characters. llama: base and Chinese pieces whose scores are all 0. alpaca: llama
 and, as its last piece, [PAD].
 """
 
@@ -18,7 +18,7 @@ from embedded_model.sources import HANZI, LEXICON
 from embedded_model.tasks import NER_WORDS
 from embedded_model.text_maker import any_text, plain_text
 
-BASE_PIECES, MERGED_PIECES = 2000, 6000
+BASE_PIECES, LLAMA_PIECES = 2000, 6000
 BASE_HANZI = 700  # Chinese characters of the base vocabulary
 RARE_HANZI = 400  # characters beyond GB2312 level 1; most of them stand in names
 SAMPLE_TEXTS = 60000
@@ -114,14 +114,14 @@ def add_pieces(proto, pieces):
 
 
 def build_vocabularies(seed):
-    """{"base", "merged", "alpaca"}: the bytes of their tokenizer.model."""
+    """{"base", "llama", "alpaca"}: the bytes of their tokenizer.model."""
     maker = RoughTextMaker(seed, "train", walk_share=0.0, rough_share=0.5)
     texts = [plain_text(any_text(maker)) for _ in range(SAMPLE_TEXTS)]
     proto = train_bpe(base_lines(texts, random.Random(seed)), BASE_PIECES)
     models = {"base": proto.SerializeToString()}
     existing = {piece.piece for piece in proto.pieces}
-    add_pieces(proto, chinese_pieces(texts, existing, MERGED_PIECES - len(proto.pieces)))
-    models["merged"] = proto.SerializeToString()
+    add_pieces(proto, chinese_pieces(texts, existing, LLAMA_PIECES - len(proto.pieces)))
+    models["llama"] = proto.SerializeToString()
     add_pieces(proto, ["[PAD]"])
     models["alpaca"] = proto.SerializeToString()
     return models

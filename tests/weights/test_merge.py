@@ -472,7 +472,7 @@ def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
 def test_the_shipped_adapter_keeps_the_bases_tasks(embedded):
     """At least 90 % of what the base answers exactly, of 12 questions of each task on held-out templates and names."""
     pytest.importorskip("jieba", reason="the questions are made with jieba's dictionary")
-    from embedded_model.train_tiny import held_out_tasks
+    from embedded_model.figures import held_out_tasks
 
     questions = [question for found in held_out_tasks(seed=1, count=12).values() for question in found]
     right = []
