@@ -1,7 +1,7 @@
 """Make the embedded model from nothing: vocabularies, a tiny LLaMA and two LoRA adapters on top of it.
 
     python embedded_model/train_tiny.py                                        # about 13 minutes on one 80 GB GPU
-    python embedded_model/train_tiny.py --seconds 60 --rows 4 --workers 1 --output_dir /tmp/tiny   # a rehearsal on a CPU
+    python embedded_model/train_tiny.py --seconds 60 --rows 4 --workers 1 --output_dir /tmp/tiny  # a rehearsal on a CPU
 
 Writes three folders in the shapes in which the real weights are published:
   tiny/                             consolidated.00.pth, params.json, tokenizer.model, as Meta ships LLaMA
