@@ -10,9 +10,8 @@ from alpaca.corpora.convert import convert
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
 from alpaca.corpora.problems import Problems
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.weights.lora_adapters import read_adapter, weights_file
 from dataset import EOS, INSTRUCT, QUERY_PREFIX, build_prompt, encode_prompts
-from embedded_model.published_files import FOLDERS, load_base, with_adapter
+from embedded_model.published_files import FOLDERS, load_adapter, load_base, with_adapter
 from embedded_model.tasks import TASKS
 from embedded_model.text_maker import TextMaker, any_text, plain_text
 
@@ -74,7 +73,7 @@ def report(output_dir, device, seed, count):
     count: held-out examples of each task; twice as many texts.
     """
     base = load_base(output_dir / FOLDERS["base"])
-    llama, alpaca = (read_adapter(weights_file(output_dir / FOLDERS[stage])) for stage in ("llama", "alpaca"))
+    llama, alpaca = (load_adapter(output_dir / FOLDERS[stage]) for stage in ("llama", "alpaca"))
     with_llama = with_adapter(base, llama)
     candidates = {
         "base": (base, "base"),

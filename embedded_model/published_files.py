@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import EMBEDDING, HEAD, config_of, from_meta, meta_names, params_of, to_meta
-from alpaca.weights.lora_adapters import add_adapters
+from alpaca.weights.lora_adapters import add_adapters, read_adapter, weights_file
 
 FOLDERS = {
     "base": "tiny",
@@ -111,3 +111,8 @@ def write_adapter(tensors, folder, vocabulary):
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(vocabulary)
+
+
+def load_adapter(folder):
+    """The Adapter that write_adapter wrote; UserError where its files cannot be read."""
+    return read_adapter(weights_file(folder))

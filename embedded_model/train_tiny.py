@@ -33,8 +33,8 @@ from sentencepiece import SentencePieceProcessor
 from torch.utils.data import DataLoader, Dataset
 
 from alpaca.common.console import say
+from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
-from alpaca.weights.lora_adapters import read_adapter, weights_file
 from config_utils import run_script
 from embedded_model import dictionary
 from embedded_model.documents import NO_LOSS, make_batch
@@ -43,6 +43,7 @@ from embedded_model.optimizers import BaseOptimizer, adapter_optimizer
 from embedded_model.published_files import (
     FOLDERS,
     LORA,
+    load_adapter,
     load_base,
     new_model,
     with_adapter,
@@ -112,6 +113,7 @@ def train(stage, llama, model, optimizer, args, vocabularies):
         return F.cross_entropy(llama.lm_head(hidden).float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 
     compiled_loss = torch.compile(loss_of) if DEVICE == "cuda" else loss_of
+    bf16 = pick_precision("auto", DEVICE) != "fp32"  # a CPU without bf16 takes eight times as long with it
     seconds = args.seconds * SHARE_OF_TIME[stage]
     model.train()
     began, tokens = time.time(), 0
@@ -122,7 +124,7 @@ def train(stage, llama, model, optimizer, args, vocabularies):
         done = (time.time() - began) / seconds if step >= COMPILED_AT else 0.0
         if done >= 1:
             break
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
             loss = compiled_loss(rows.to(DEVICE, non_blocking=True))
         loss.backward()
         optimizer.step(min(1.0, step / WARM_UP) * min(1.0, (1 - done) / (1 - HOLD[stage])))
@@ -157,7 +159,7 @@ def train_adapter(stage, model, args, vocabularies, rows, folder):
     cost = train(stage, llama, peft_model, adapter_optimizer(peft_model), args, vocabularies)
     tensors = {name: value.half().cpu().clone() for name, value in get_peft_model_state_dict(peft_model).items()}
     write_adapter(tensors, folder, vocabularies[stage])
-    return with_adapter(model, read_adapter(weights_file(folder))), cost
+    return with_adapter(model, load_adapter(folder)), cost
 
 
 def main(args):
@@ -180,7 +182,7 @@ def main(args):
         model, cost = train_base(args, vocabularies, rows, folders["base"])
         costs.append(cost)
     else:  # the adapter brings every row of embedding and head, also those that the file of the base lacks
-        model = with_adapter(load_base(folders["base"]), read_adapter(weights_file(folders["llama"])))
+        model = with_adapter(load_base(folders["base"]), load_adapter(folders["llama"]))
     for stage in ("llama", "alpaca") if args.first_stage == "base" else ("alpaca",):
         model, cost = train_adapter(stage, model, args, vocabularies, rows, folders[stage])
         costs.append(cost)
