@@ -70,8 +70,8 @@ HOLD = {
     "alpaca": 0.0,
 }  # the fraction of a stage at the full learning rate, which then falls to 0
 WARM_UP = 100  # steps
-COMPILED_AT = 5  # the step before which torch.compile has done its work
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FIRST_TIMED = 5 if DEVICE == "cuda" else 1  # the step from which the time counts: torch.compile has done its work then
 
 
 class Batches(Dataset):
@@ -118,10 +118,10 @@ def train(stage, llama, model, optimizer, args, vocabularies):
     model.train()
     began, tokens = time.time(), 0
     for step, rows in enumerate(batches(stage, args, vocabularies), start=1):
-        if step == COMPILED_AT:
-            say(f"{stage}: compiled in {time.time() - began:.0f} s")
+        if step == FIRST_TIMED:
+            say(f"{stage}: step {step} begins after {time.time() - began:.0f} s")
             began = time.time()
-        done = (time.time() - began) / seconds if step >= COMPILED_AT else 0.0
+        done = (time.time() - began) / seconds if step >= FIRST_TIMED else 0.0
         if done >= 1:
             break
         with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
