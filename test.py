@@ -24,7 +24,7 @@ from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
-from alpaca.scoring.metrics import exact, percents, score, table
+from alpaca.scoring.metrics import exact, percents, score, score_table
 from alpaca.scoring.report import write_report
 from config_utils import run_script
 from dataset import is_ner, labels_of, locate, parse_answer, read_examples, without_rehearsal
@@ -87,7 +87,7 @@ def main(args):
         perfect = [
             {**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities), "problems": {}} for r in rows
         ]
-        print(table(metrics, perfect=score(perfect, labels)))
+        print(score_table(metrics, perfect=score(perfect, labels)))
     elif args.metric == "exact":
         share, interval = metrics["exact"]["share"], percents(metrics["exact"]["interval"])
         print(f"与标准答案完全相同 {share:.2%}，95% 区间 {interval}，样本数 {metrics['examples']}")

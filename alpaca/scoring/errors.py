@@ -1,8 +1,9 @@
-"""What went wrong in the rows of predictions.jsonl (metrics.py says what a row holds): errors by kind, type confusion, suspects."""
+"""What went wrong in rows of predictions.jsonl (described in metrics.py): errors by kind, type confusion, suspects."""
 
-from collections import Counter, namedtuple
+from collections import Counter
+from typing import NamedTuple
 
-from alpaca.scoring.metrics import spans_of, strings_of
+from alpaca.scoring.metrics import Span, spans_of, strings_of
 
 KINDS = {
     "missing": "漏掉",
@@ -14,16 +15,26 @@ KINDS = {
 }
 
 
-# row: index. predicted, gold: (begin, end, type) or None; of a malformed line, or of an entity that is not in the text,
-# predicted is the line.
-Error = namedtuple("Error", "kind row predicted gold")
+class Error(NamedTuple):
+    kind: str  # a key of KINDS
+    row: int  # its index, from 0
+    predicted: Span | str | None  # of the kinds malformed and not_in_text the line of the answer
+    gold: Span | None
+
+
+class Point(NamedTuple):
+    """What is right if only the entities with at least this confidence are kept; precision and recall are fractions."""
+
+    threshold: float
+    precision: float
+    recall: float
 
 
 def errors(rows):
-    """Every error as an Error, in the order of the rows; by spans, each span of either side in at most one.
+    """Every Error, in the order of the rows. Each wrong and each missed span is in one alone.
 
-    A wrong span is paired with an unmatched gold span in the same place ("type"), else with one that it overlaps
-    ("boundary"), those first that overlap most.
+    A wrong span is paired with a missed one in the same place ("type"), else with one that it overlaps ("boundary"); the
+    pairs that overlap most are made first. What is left is "spurious" or "missing".
     """
     found = []
     for i, row in enumerate(rows):
@@ -48,53 +59,57 @@ def errors(rows):
 
 def _wrong_spans(row):
     """(predicted spans that are not gold, gold spans that are not predicted), each sorted."""
-    found, right = ({item for item in spans_of(row, key) if len(item) == 3} for key in ("entities", "gold"))
+    found, right = ({item for item in spans_of(row, key) if isinstance(item, Span)} for key in ("entities", "gold"))
     return sorted(found - right), sorted(right - found)
 
 
 def _same(span, other):
-    return span[:2] == other[:2]
+    return (span.begin, span.end) == (other.begin, other.end)
 
 
 def _overlap(span, other):
-    return max(0, min(span[1], other[1]) - max(span[0], other[0]))
+    """How many characters they have in common."""
+    return max(0, min(span.end, other.end) - max(span.begin, other.begin))
 
 
 def confusion(rows):
-    """{(gold type, predicted type): spans in the same place}; None instead of a type: missed, or predicted in vain."""
+    """{(gold type, predicted type): how many spans stand in the same place}.
+
+    A missed span has None as its predicted type, one that stands where gold has nothing None as its gold type.
+    """
     counts = Counter()
     for row in rows:
-        counts.update((kind, kind) for *_, kind in spans_of(row, "entities") & spans_of(row, "gold"))
+        counts.update((span.type, span.type) for span in spans_of(row, "entities") & spans_of(row, "gold"))
     for error in errors(rows):
         if error.kind == "type":
-            counts[error.gold[2], error.predicted[2]] += 1
+            counts[error.gold.type, error.predicted.type] += 1
         elif error.kind not in ("malformed", "not_in_text"):
-            counts.update([(error.gold[2], None)] if error.gold else [])
-            counts.update([(None, error.predicted[2])] if error.predicted else [])
+            counts.update([(error.gold.type, None)] if error.gold else [])
+            counts.update([(None, error.predicted.type)] if error.predicted else [])
     return counts
 
 
 def precision_recall(rows):
-    """[(threshold, precision, recall)] of the entities with at least that confidence, by string, the surest first."""
+    """A Point for each confidence that occurs, the highest first; entities count as in the string view."""
     gold = sum(len(strings_of(row, "gold")) for row in rows)
     items = [
-        (entity["confidence"], (entity["entity"], entity["type"]) in strings_of(row, "gold"))
+        (entity["confidence"], (entity["entity"], entity["type"]) in strings_of(row, "gold"))  # (confidence, right?)
         for row in rows
         for entity in row["entities"]
     ]
     curve, hits = [], 0
     for count, (confidence, hit) in enumerate(sorted(items, reverse=True), 1):
         hits += hit
-        if curve and curve[-1][0] == confidence:
+        if curve and curve[-1].threshold == confidence:
             curve.pop()
-        curve.append((confidence, hits / count, hits / gold if gold else 0.0))
+        curve.append(Point(confidence, hits / count, hits / gold if gold else 0.0))
     return curve
 
 
 def suspects(rows):
-    """Indices of the rows whose answer differs from gold, the one that the model is surest of first.
+    """Indices of the rows whose spans differ from gold, the row that the model is surest of first.
 
-    Where model and gold disagree and the model has no doubt, it is worth a look whether gold is right.
+    Where the model has no doubt and yet disagrees, gold may be wrong.
     """
     different = [i for i, row in enumerate(rows) if row["prediction"] is not None and any(_wrong_spans(row))]
     return sorted(different, key=lambda i: -rows[i]["log_probability"])

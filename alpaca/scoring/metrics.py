@@ -7,10 +7,12 @@ Works on the rows of predictions.jsonl alone, so that all of it can be recompute
      "problems": {"malformed": n, …}}
 
 Spans are [begin, end) in characters of text; "problems" holds only the counts (keys of PROBLEMS) that are not 0.
+"entities" is what the model said, "gold" what is right.
 """
 
 import unicodedata
 from collections import Counter
+from typing import NamedTuple
 
 import numpy
 
@@ -23,16 +25,40 @@ PROBLEMS = {
     "cut": "截断",
 }
 VIEWS = {"string": "按实体", "span": "按位置"}
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the sentences, for an interval
+
+
+class Entity(NamedTuple):
+    """What the string view counts: each once in a sentence, wherever it stands."""
+
+    entity: str
+    type: str
+
+
+class Span(NamedTuple):
+    """What the span view counts: one occurrence."""
+
+    begin: int  # characters of the row's text, from 0
+    end: int  # exclusive
+    type: str
+
+
+class Counts(NamedTuple):
+    """Of one sentence, or of many."""
+
+    hits: int  # predicted and right
+    predicted: int
+    gold: int
 
 
 def score(rows, labels):
-    """Rows, names of the known types -> what metrics.json holds; fractions, 0 where nothing can be divided.
+    """What metrics.json holds. rows: those of predictions.jsonl; labels: the names of the known types.
 
-    "string" compares the sets of (entity, type) of a sentence, "span" every occurrence with its offsets. A predicted
-    entity that does not occur in the text is one false positive in both. Types that neither `labels` nor gold knows
-    are false positives of "micro" and get no entry of their own; nor does a type of that name, which dataset.labels_of
-    refuses. "micro" has an "f1_interval", see `_interval`.
+    "string" compares the sets of (entity, type) of a sentence, "span" every occurrence with its offsets; rates are
+    fractions, 0 where nothing can be divided. A predicted entity that does not occur in the text is one false positive
+    in both. A type that stands neither in `labels` nor in gold counts as false positives of "micro" and has no entry of
+    its own. No more has a type named "micro", since "micro" is the total (dataset.labels_of refuses such data).
+    "micro" also has an "f1_interval", see `_interval`.
     """
     rows = list(rows)
     types = list(dict.fromkeys([*labels, *(entity["type"] for row in rows for entity in row.get("gold") or [])]))
@@ -43,34 +69,41 @@ def score(rows, labels):
 
 
 def strings_of(row, key):
-    """{(entity, type)} of a row's "entities" or "gold"; the type comes last in the items of both views."""
-    return {(entity["entity"], entity["type"]) for entity in row.get(key) or []}
+    """The set of Entity of a row; key: "entities" or "gold"."""
+    return {Entity(entity["entity"], entity["type"]) for entity in row.get(key) or []}
 
 
 def spans_of(row, key):
-    """{(begin, end, type)}, and {(entity, type)} for a predicted entity that is not in the text."""
+    """The set of Span of a row, key: "entities" or "gold"; an Entity for each predicted one that is not in the text."""
     entities = row.get(key) or []
-    absent = [entity for entity in entities if key == "entities" and entity["entity"] not in row["text"]]
-    items = {(*span, entity["type"]) for entity in entities for span in entity["spans"]}
-    return items | {(entity["entity"], entity["type"]) for entity in absent}
+    spans = {Span(*span, entity["type"]) for entity in entities for span in entity["spans"]}
+    if key == "entities":
+        spans |= {item for item in strings_of(row, key) if item.entity not in row["text"]}
+    return spans
 
 
-def _view(rows, types, items):
+def _view(rows, types, items_of):
+    """The scores of one view. items_of: strings_of or spans_of."""
     hits, predicted, gold, sentences = Counter(), Counter(), Counter(), []
     for row in rows:
-        found, right = items(row, "entities"), items(row, "gold")
-        hits.update(item[-1] for item in found & right)
-        predicted.update(item[-1] for item in found)
-        gold.update(item[-1] for item in right)
-        sentences.append((len(found & right), len(found), len(right)))
-    micro = _rates(hits.total(), predicted.total(), gold.total()) | {"f1_interval": _interval(sentences)}
-    by_type = {name: _rates(hits[name], predicted[name], gold[name]) for name in types if name != "micro"}
+        found, right = items_of(row, "entities"), items_of(row, "gold")
+        hits.update(item.type for item in found & right)
+        predicted.update(item.type for item in found)
+        gold.update(item.type for item in right)
+        sentences.append(Counts(len(found & right), len(found), len(right)))
+    total = Counts(hits.total(), predicted.total(), gold.total())
+    micro = _rates(total) | {"f1_interval": _interval(sentences)}
+    by_type = {name: _rates(Counts(hits[name], predicted[name], gold[name])) for name in types if name != "micro"}
     return {"micro": micro} | by_type
 
 
-def _rates(hits, predicted, gold):
-    precision, recall = hits / predicted if predicted else 0.0, hits / gold if gold else 0.0
-    return {"precision": precision, "recall": recall, "f1": _f1(hits, predicted, gold), "support": gold}
+def _rates(counts):
+    return {
+        "precision": counts.hits / counts.predicted if counts.predicted else 0.0,
+        "recall": counts.hits / counts.gold if counts.gold else 0.0,
+        "f1": _f1(*counts),
+        "support": counts.gold,
+    }
 
 
 def _f1(hits, predicted, gold):
@@ -78,8 +111,11 @@ def _f1(hits, predicted, gold):
 
 
 def _interval(sentences):
-    """95 % bootstrap interval of micro-F1, [low, high]: percentiles over RESAMPLES draws of as many sentences with
-    replacement (Efron and Tibshirani 1993, chapter 13). sentences: (hits, predicted, gold) of each."""
+    """95 % interval of micro-F1, [low, high]; sentences: the Counts of each.
+
+    A percentile bootstrap (Efron and Tibshirani 1993, chapter 13): RESAMPLES times as many sentences are drawn, with
+    replacement, as there are.
+    """
     if not sentences:
         return [0.0, 0.0]
     counts, draw = numpy.array(sentences), numpy.random.default_rng(0)
@@ -88,25 +124,25 @@ def _interval(sentences):
 
 
 def exact(rows):
-    """Rows -> {"exact": {"share", "interval"}, "cut", "examples"}: how many answers are, to the character, the right one."""
+    """How many answers are, to the character, the right one: {"exact": {"share", "interval"}, "cut", "examples"}."""
     rows = list(rows)
     hits = [row["prediction"] == row["answer"] for row in rows]
     share = sum(hits) / len(hits) if hits else 0.0
-    interval = _interval([(hit, 1, 1) for hit in hits])  # of one predicted and one right answer each, F1 is the share
+    interval = _interval([Counts(hit, 1, 1) for hit in hits])  # one answer predicted and one right: F1 is the share
     cut = sum(row.get("problems", {}).get("cut", 0) for row in rows)
     return {"exact": {"share": share, "interval": interval}, "cut": cut, "examples": len(rows)}
 
 
-def table(metrics, perfect=None):
+def score_table(metrics, perfect=None):
     """Metrics as an aligned table in Chinese, rates in percent.
 
-    `perfect`: metrics of the gold answers themselves. They say what, why offsets must be guessed from strings for an
-    answer without offsets, is the most that the span view can reach.
+    perfect: the metrics of the gold answers themselves. An answer has no offsets, they are found by searching the text
+    for its strings; so even a perfect answer can have wrong spans, and `perfect` says how many the span view loses.
     """
     head = ["P", "R", "F1", "支持数"]
     lines = [["类型", *head, *head]]
-    for name in [*(name for name in metrics["string"] if name != "micro"), "micro"]:
-        cells = [cell for view in VIEWS for cell in _cells(metrics[view][name])]
+    for name in types_and_total(metrics):
+        cells = [cell for view in VIEWS for cell in rate_texts(metrics[view][name])]
         lines.append(["总计" if name == "micro" else name, *cells])
     widths = [max(map(_width, column)) for column in zip(*lines, strict=True)]
     text = [_pad(line[0], widths[0]) + _right(line[1:], widths[1:]) for line in lines]
@@ -122,11 +158,17 @@ def table(metrics, perfect=None):
 
 
 def percents(bounds):
-    """[low, high] as fractions -> text."""
+    """Two fractions, [low, high], as text in percent."""
     return "–".join(f"{100 * bound:.2f}" for bound in bounds)
 
 
-def _cells(rates):
+def types_and_total(metrics):
+    """The names of the rows of a table of scores: the types, then "micro"."""
+    return [*(name for name in metrics["string"] if name != "micro"), "micro"]
+
+
+def rate_texts(rates):
+    """Precision, recall, F1 in percent and the support, as a table shows them."""
     return [f"{100 * rates[name]:.2f}" for name in ("precision", "recall", "f1")] + [str(rates["support"])]
 
 

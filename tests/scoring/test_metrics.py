@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from alpaca.scoring.errors import confusion, errors, precision_recall, suspects
-from alpaca.scoring.metrics import PROBLEMS, exact, score, table
+from alpaca.scoring.metrics import PROBLEMS, exact, score, score_table
 from alpaca.scoring.report import marked, write_report
 
 LABELS = ["人名", "地名", "机构名"]
@@ -118,7 +118,7 @@ def test_types_of_gold_alone_follow_the_labels():
 def test_a_type_does_not_take_the_place_of_the_total():
     rows = [row("甲乙", [], [entity("甲", "micro", (0, 1)), entity("乙", "人名", (1, 2))])]
     assert view(score(rows, ["人名"]), "span") == {"micro": rates(0, 0, 2), "人名": rates(0, 0, 1)}
-    assert "总计" in table(score(rows, ["人名"]))
+    assert "总计" in score_table(score(rows, ["人名"]))
 
 
 def test_entity_inside_a_longer_one_is_no_false_span():
@@ -135,7 +135,7 @@ def columns(line):
 
 def test_table():
     metrics = score(ROWS, LABELS)
-    lines = table(metrics).splitlines()
+    lines = score_table(metrics).splitlines()
     intervals = [metrics[name]["micro"]["f1_interval"] for name in ("string", "span")]
     bounds = [f"{100 * low:.2f}–{100 * high:.2f}" for low, high in intervals]
     assert [line.split() for line in lines] == [
@@ -163,7 +163,7 @@ def test_table():
 
 def test_table_names_the_score_of_perfect_answers():
     perfect = score([row(r["text"], r["gold"], r["gold"]) for r in ROWS], LABELS)
-    assert "标准答案自身的得分：按实体 F1 100.00%，按位置 F1 100.00%" in table(score(ROWS, LABELS), perfect)
+    assert "标准答案自身的得分：按实体 F1 100.00%，按位置 F1 100.00%" in score_table(score(ROWS, LABELS), perfect)
 
 
 def test_interval():
