@@ -1,4 +1,4 @@
-"""python -m pytest tests/scoring/test_metrics.py: scores of rows counted by hand."""
+"""python -m pytest tests/scoring/test_metrics.py: scores of rows counted by hand, and the report that shows them."""
 
 import json
 import random
@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from alpaca.scoring.errors import confusion, errors, precision_recall, suspects
-from alpaca.scoring.metrics import PROBLEMS, exact, score, score_table
-from alpaca.scoring.report import marked, write_report
+from alpaca.scoring.metrics import PROBLEMS, Span, exact, score, score_table
+from alpaca.scoring.report import marked_pieces, write_report
 
 LABELS = ["人名", "地名", "机构名"]
 
@@ -321,7 +321,72 @@ def test_report_shows_white_space(tmp_path):
     assert re.findall("<li>(.*?)<br>", page, re.S)[0] == text[:12] + '<span class="gold">丁</span>'
 
 
-def test_marked():
-    assert marked("甲乙丙", [(0, 2, "人名")], [(1, 3, "人名")]) == (
-        '<span class="gold">甲</span><span class="gold predicted">乙</span><span class="predicted">丙</span>'
-    )
+class Tables(HTMLParser):
+    """The cells of every table of a page, line by line."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables, self.inside = [], False
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag in ("td", "th")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif self.inside:
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+    def handle_data(self, data):
+        if self.inside:
+            self.tables[-1][-1][-1] += data
+
+
+def test_report_shows_the_figures(tmp_path):
+    metrics = score(WRONG, LABELS)
+    write_report(tmp_path / "report.html", WRONG, metrics, "试", "")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    parser = Tables()
+    parser.feed(page)
+    scores, curve, types = parser.tables
+    assert scores == [
+        ["", "按实体", "按位置"],
+        ["类型", *["P", "R", "F1", "支持数"] * 2],
+        ["人名", "50.00", "100.00", "66.67", "1", "50.00", "100.00", "66.67", "1"],
+        ["地名", "0.00", "0.00", "0.00", "3", "0.00", "0.00", "0.00", "3"],
+        ["机构名", "0.00", "0.00", "0.00", "1", "0.00", "0.00", "0.00", "1"],
+        ["总计", "20.00", "20.00", "20.00", "5", "20.00", "20.00", "20.00", "5"],
+    ]
+    low, high = metrics["span"]["micro"]["f1_interval"]
+    assert f"按位置 {100 * low:.2f}–{100 * high:.2f}。" in page and "句子 4，格式错误 1，" in page
+    # of the two thresholds, three of five entities have the first
+    assert [line[0] for line in curve[1:]] == ["-0.1000", "-0.1000", *["-2.0000"] * 3]
+    assert curve[-1] == ["-2.0000", "13.53%", "20.00", "20.00", "20.00"]
+    assert types == [
+        ["标准 \\ 预测", "人名", "地名", "机构名", "（漏掉）"],
+        ["人名", "1", "0", "0", "0"],
+        ["地名", "0", "0", "1", "2"],
+        ["机构名", "0", "0", "0", "1"],
+        ["（多报）", "0", "2", "0", ""],
+    ]
+    assert "标准 上海（地名）；预测 上海（机构名），置信度 -0.1000" in page
+    assert "标准 北京大学_机构名；预测 北京大学说_地名、在北_地名；整条回答的概率 5.0%" in page
+
+
+def test_report_without_entities(tmp_path):
+    rows = [{**row("长江", [], [entity("长江", "地名", (0, 2))]), "log_probability": -0.1}]
+    write_report(tmp_path / "report.html", rows, score(rows, LABELS), "试", "")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "没有预测出实体。" in page and "<svg" not in page
+
+
+def test_marked_pieces():
+    assert marked_pieces("甲乙丙丁", [Span(0, 2, "人名")], [Span(1, 3, "人名")]) == [
+        ("甲", ["gold"]),
+        ("乙", ["gold", "predicted"]),
+        ("丙", ["predicted"]),
+        ("丁", []),
+    ]
