@@ -32,6 +32,9 @@ from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_for_inference
+from alpaca.page.address import check_address
+from alpaca.page.marks import HTML, PREVIEWED, file_html, pieces_of, row_html
+from alpaca.page.models import BASE
 from config_utils import load_config, parse_config
 from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example
 from harness import free_port
@@ -210,7 +213,7 @@ def test_a_file_comes_back_as_predict_would_write_it(page, loaded, tmp_path):
     page.locator("input[type=file]").first.set_input_files(upload)
     page.wait_for_selector("#download", state="visible")
     assert page.evaluate("window.bars.size") > 0
-    assert page.locator("#result .marked").count() == web_ner.PREVIEWED
+    assert page.locator("#result .marked").count() == PREVIEWED
     with page.expect_download() as download:
         page.click("#download")
     assert download.value.suggested_filename.endswith(".entities.jsonl")
@@ -262,7 +265,7 @@ def test_chat_streams_and_the_base_is_itself(page, loaded, folder):
         const all = [...document.querySelectorAll("#log .answered")], last = all.pop()?.textContent;
         if (all.length + 1 == window.turn && last != window.said[window.said.length - 1]) window.said.push(last);
     }).observe(document.querySelector("#log"), {childList: true, subtree: true, characterData: true})""")
-    turns = (None, own), (web_ner.BASE, base), ("mine/train_deepspeed", other), ("mine/train_trainer", own)
+    turns = (None, own), (BASE, base), ("mine/train_deepspeed", other), ("mine/train_trainer", own)
     for number, (name, expected) in enumerate(turns, 1):
         if name:
             page.click("#lora input")
@@ -286,7 +289,8 @@ def test_of_two_entities_that_overlap_the_first_is_marked():
         {"entity": "北京", "type": "人名", "spans": [[0, 2]]},
         {"entity": "<学>", "type": "别的", "spans": [[3, 6]]},
     ]
-    assert web_ner.marked({"text": "北京大<学>$", "entities": entities}, ["人名", "地名"]) == (
+    row = {"text": "北京大<学>$", "entities": entities}
+    assert HTML.marked_text(pieces_of(row, ["人名", "地名"])) == (
         '<div class="marked"><mark class="c0" data-type="人名">北京</mark>大'
         '<mark class="c7" data-type="别的">&#60;学&#62;</mark>&#36;</div>'
     )
@@ -294,8 +298,8 @@ def test_of_two_entities_that_overlap_the_first_is_marked():
 
 def test_answers_of_another_task_stand_as_they_are():
     row = {"text": "一周有几天？", "prediction": "七天<br>", "entities": []}
-    assert web_ner.shown(row, None) == '<div class="marked">七天&#60;br&#62;</div>'
-    assert web_ner.summary([row] * 2, None) == "<p>2 条回答</p>" + 2 * '<div class="marked">七天&#60;br&#62;</div>'
+    assert row_html(row, None) == '<div class="marked">七天&#60;br&#62;</div>'
+    assert file_html([row] * 2, None) == "<p>2 条回答</p>" + 2 * '<div class="marked">七天&#60;br&#62;</div>'
 
 
 @pytest.mark.parametrize(
@@ -315,7 +319,7 @@ def test_who_may_open_the_page(options, message):
 
 
 def test_an_address_that_is_allowed():
-    check = lambda *options: web_ner.check_address(parse_config(web_ner.CONFIG, web_ner.__file__, options))  # noqa: E731
+    check = lambda *options: check_address(parse_config(web_ner.CONFIG, web_ner.__file__, options))  # noqa: E731
     port = f"--port={free_port()}"
     assert check(port) is None and check(port, "--host=localhost") is None
     assert check(port, "--host=0.0.0.0", "--auth=me:a:b") == ("me", "a:b")
