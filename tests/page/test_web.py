@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]  # run without pytest
 
 import web_ner
 from alpaca.answering.generate import generate
