@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from heapq import heappop, heappush
 from itertools import islice
 
-from alpaca.training.prefix_tree import shared_length
+from alpaca.training.prefix_tree import common_length
 
 
 def optimizer_steps(sizes, batch_size, accumulation, world_size, seed, epoch):
@@ -47,7 +47,7 @@ def added_tokens(examples, together):
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_ids)
     prompts, apart = [examples[i].prompt_ids for i in order], max(1, len(examples) // together)
-    shared = [0] * apart + [shared_length(*pair) for pair in zip(prompts, prompts[apart:], strict=False)] + [0] * apart
+    shared = [0] * apart + [common_length(*pair) for pair in zip(prompts, prompts[apart:], strict=False)] + [0] * apart
     sizes = [len(e.prompt_ids) + len(e.answer_ids) for e in examples]
     for i, before, after in zip(order, shared, shared[apart:], strict=False):
         sizes[i] -= max(before, after)

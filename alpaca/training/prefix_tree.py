@@ -1,4 +1,4 @@
-"""How a step's examples are laid out for the model: which examples a step has, and in which rows they stand.
+"""In which rows a step's examples stand. Imports nothing but torch and alpaca.common: other programs use it too.
 
 Most of an instruction example is the same in every example. With causal attention the hidden states of a prefix do not
 depend on what follows, so a row can hold the trie of its prompts, each answer hanging off its prompt's last token: the
@@ -14,7 +14,6 @@ from bisect import bisect_left
 import torch
 
 from alpaca.common.errors import UserError
-from dataset import BOS
 
 IGNORE_INDEX = -100  # torch's cross_entropy skips positions with this label
 PACKINGS = ("prefix", "plain", "none")
@@ -25,30 +24,31 @@ MIN_SHARED = 4  # a shared node costs bookkeeping and attention blocks; shorter 
 # in which rows they stand
 
 
-def make_collate(packing, pad_id, lengths=()):
-    """A function from examples (dataset.TokenizedExample) to rows, dicts of tensors for modeling.answer_loss.
+def make_collate(packing, pad_id, lengths=(), bos_id=1):
+    """A function from examples to rows, dicts of tensors as alpaca.training.loss.answer_loss takes them.
 
-    lengths: the ones to which rows are padded, ascending (a longer row is left as it is).
+    examples: objects with prompt_ids and answer_ids, lists of int. lengths: those to which rows are padded, ascending (a
+    longer row is left as it is).
     """
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}: expected {', '.join(PACKINGS)}")
     if packing == "none":
-        return lambda examples: [pad_batch(examples, pad_id)]
+        return lambda examples: [pad_batch(examples, pad_id, bos_id)]
 
     def collate(examples):
-        row = tree_row(examples, share=packing == "prefix")
+        row = tree_row(examples, packing == "prefix", bos_id)
         i = bisect_left(lengths, len(row["input_ids"]))
         return [to_tensors(row, *lengths[i : i + 1])]
 
     return collate
 
 
-def pad_batch(examples, pad_id):
+def pad_batch(examples, pad_id, bos_id=1):
     """Examples one below the other, padded on the right to the longest: a dict of [batch, length] tensors.
 
     An empty micro-batch (a rank that has nothing left in the last step) is one bos without a label: its loss is 0.
     """
-    rows = [(e.prompt_ids + e.answer_ids, len(e.prompt_ids)) for e in examples] or [([BOS], 1)]
+    rows = [(e.prompt_ids + e.answer_ids, len(e.prompt_ids)) for e in examples] or [([bos_id], 1)]
     length = max(len(ids) for ids, _ in rows)
     return {
         "input_ids": torch.tensor([ids + [pad_id] * (length - len(ids)) for ids, _ in rows]),
@@ -59,12 +59,12 @@ def pad_batch(examples, pad_id):
     }
 
 
-def shared_length(a, b):
+def common_length(a, b):
     """Length of the common prefix of two lists."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def tree_row(examples, share=True):
+def tree_row(examples, share=True, bos_id=1):
     """The trie of the examples' prompts as one row, a dict of lists.
 
     input_ids, position_ids, enter, exit: one entry a token. logits_to_keep, shift_labels: for each answer token, the
@@ -84,7 +84,7 @@ def tree_row(examples, share=True):
     def add(group, depth):
         """The subtree of examples (sorted by prompt) whose first `depth` prompt ids are in the row already."""
         first, last = group[0].prompt_ids, group[-1].prompt_ids
-        common = shared_length(first, last)  # of all: the group is sorted
+        common = common_length(first, last)  # of all: the group is sorted
         inner = [e for e in group if len(e.prompt_ids) > common]
         branches = _branches(inner, common)
         if inner and len(group) > 1 and common - depth < MIN_SHARED:  # not worth a node of its own
@@ -104,7 +104,7 @@ def tree_row(examples, share=True):
         row["exit"][start:end] = [len(row["input_ids"])] * (end - start)
 
     if not examples:
-        add_node([BOS], 0)
+        add_node([bos_id], 0)
         row["logits_to_keep"], row["shift_labels"] = [0], [IGNORE_INDEX]
     elif share:
         add(sorted(examples, key=lambda e: e.prompt_ids), 0)
@@ -149,8 +149,11 @@ def tree_mask(enter, exit):
     return below & (order[:, None] >= order)
 
 
-def prefix_collator(examples):
-    """A data collator for a stock Trainer: examples -> one tree row with its dense mask, as LlamaForCausalLM takes it."""
-    row = to_tensors(tree_row(examples))
+def prefix_collator(examples, bos_id=1):
+    """A data collator for a stock Trainer: examples -> one tree row with its dense mask, as LlamaForCausalLM takes it.
+
+    examples: objects with prompt_ids and answer_ids, lists of int; an answer ends with eos.
+    """
+    row = to_tensors(tree_row(examples, bos_id=bos_id))
     enter, exit = row.pop("enter"), row.pop("exit")
     return {**row, "attention_mask": tree_mask(enter, exit).unsqueeze(1), "labels": row["shift_labels"]}
