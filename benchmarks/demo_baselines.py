@@ -2,11 +2,11 @@
 
     python benchmarks/demo_baselines.py
 
-longest match: every entity string of train from two characters on (with 中 and 日 it is worse), looked up in dev, the longest
-first; its type is the most frequent one in train.
-rules: a known suffix (市, 公司, 大学, …) ends a place or an organisation that begins at the last function word or mark before
-it; a surname with one or two characters behind it is a person where a function word or mark stands on both sides; so is a
-string with · in it.
+longest match: the entity strings of train that have two characters or more (with 中 and 日 the score is lower) are looked
+up in dev, the longest first; the type is the one that the string most often has in train.
+rules: a place or an organisation ends with a known suffix (市, 公司, 大学, …) and begins after the last function word or
+punctuation mark before it. A surname and one or two more characters are a person if a function word or a mark stands on
+both sides. A string with · in it is a person.
 """
 
 import collections
@@ -22,7 +22,7 @@ from embedded_model.sources import LEXICON
 
 FOLDER = ROOT / "data" / "demo" / "ori_data"
 LABELS = ["PER", "LOC", "ORG"]
-# Marks, function words and the commonest verbs: a name neither contains nor crosses them.
+# Punctuation marks, function words and the commonest verbs: no name contains one of them.
 STOP = "，。、；：？！“”《》（）…— 的了在和与是到对把被向从由为将就也都还又给让叫等及或因但这那他她我你们不没有说去来上下里"
 ORGANISATION_SUFFIXES = (
     "公司|集团|大学|学院|中学|小学|医院|法院|检察院|委员会|协会|学会|研究所|研究院|银行|出版社|报社|通讯社|电视台|电台|日报|晚报|政府|"
@@ -39,13 +39,13 @@ RULES = [
 
 
 def read_records(path):
-    """[(text, [(entity, type)])]"""
+    """A raw JSON-lines corpus as [(text, [(entity, type)])]."""
     records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return [(r["text"], [(e["entity"], e["entity_type"]) for e in r["entity_list"]]) for r in records]
 
 
 def longest_match(train):
-    """A function text -> [(entity, type)]."""
+    """A function that maps a text to [(entity, type)]; train: as read_records returns it."""
     counts = collections.defaultdict(collections.Counter)
     for _, entities in train:
         for entity, kind in entities:
@@ -68,7 +68,7 @@ def longest_match(train):
 
 
 def by_rules(text):
-    """[(entity, type)]; what an earlier rule took is blanked out for the later ones."""
+    """[(entity, type)] of a text. What one rule has found, the later rules do not see."""
     found = []
     for kind, pattern in RULES:
         found += [(match[0], kind) for match in pattern.finditer(text)]
@@ -77,7 +77,7 @@ def by_rules(text):
 
 
 def evaluate(find, dev):
-    """String scores as test.py computes them."""
+    """Scores of the string view, computed as test.py does."""
 
     def entities(pairs):
         return [{"entity": entity, "type": kind, "spans": []} for entity, kind in pairs]

@@ -4,17 +4,17 @@
     python benchmarks/generate_speed.py --precision=fp32
     python benchmarks/generate_speed.py --shape=7b --corpus=msra_train.txt --tokenizer=tokenizer.model
 
---shape=7b makes a randomly initialised model of LLaMA 7B's shape on the GPU. It would answer nonsense of any length, so
-there every answer is forced to be the right one: the same lengths, and the same masks, as a good model's.
+--shape=7b makes a model of LLaMA 7B's shape with random weights on the GPU. Left to itself it would answer nonsense of
+any length; so every answer is forced to be the right one, and lengths and masks are those of a good model.
 
 how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
-left, similar lengths together), ours (generate.py without a constraint), constrained (with it). LoRA is merged for
+left, similar lengths together), ours (generate.py without a grammar), constrained (with it). LoRA is merged for
 all. Prints a table and writes benchmarks/results/generate_speed-<device>-<precision>.json, a list of {"how", "batch",
 "examples", "examples_per_second", "ms_per_step", "same_answers", "constraint_share", "bandwidth_share", "peak_gib"}.
 
-same_answers: the share that equals single's. constraint_share: of the time, spent on the constraint. bandwidth_share:
-on a GPU, of the time, what reading from memory once per step the weights and the rows' cache takes at the rate at which
-it copies memory; a step that reads prompts has more to do than that.
+same_answers: the share of answers that equal single's. constraint_share: the share of the time that the grammar takes.
+bandwidth_share, on a GPU: a step must at least read the weights and the rows' cache from memory once; the share of the
+time that this takes at the rate at which the card copies memory. A step that also reads prompts has more to do.
 """
 
 import json
@@ -40,8 +40,9 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
+from benchmarks.speed_inputs import LABELS, random_7b, read_corpus
 from config_utils import run_script
-from dataset import EOS, INSTRUCT, QUERY_PREFIX, encode_examples, format_answer, read_examples, read_jsonl
+from dataset import EOS, encode_examples, read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -53,45 +54,30 @@ CONFIG = {
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's dev set
     "tokenizer": None,  # a tokenizer.model, needed for --shape=7b
 }
-LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
-SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 MAX_NEW_TOKENS = 512
 
 
-def read_corpus(path):
-    """A raw JSON-lines corpus as examples."""
-    instruct = INSTRUCT.replace("{labels}", "、".join(LABELS.values()))
-    for _, record in read_jsonl(path):
-        entities = [
-            {"entity": e["entity"], "type": LABELS[e["entity_type"]], **e["entity_index"]}
-            for e in record["entity_list"]
-        ]
-        query, answer = QUERY_PREFIX + record["text"], format_answer(entities)
-        yield {"instruct": instruct, "query": query, "answer": answer, "text": record["text"], "entities": None}
+def examples_of(path):
+    """The sentences of a raw JSON-lines corpus as dataset.read_examples would return them."""
+    return [{**example, "text": text, "entities": None} for text, example in read_corpus(path)]
 
 
-def prepare(args, device):
-    """(model, tokenizer, examples)"""
+def load(args, device):
+    """(model, tokenizer, examples) as --shape and --corpus say."""
     if args.shape == "tiny":
         adapter, train_args, facts = find_adapter("demo", "auto")
         model, tokenizer = load_for_inference(
             adapter, train_args, facts, None, None, args.precision, device, merge=True
         )
         path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
-        return model, tokenizer, list(read_corpus(path)) if args.corpus else read_examples(path)
+        return model, tokenizer, examples_of(path) if args.corpus else read_examples(path)
     if args.shape != "7b" or not args.tokenizer or not args.corpus:
         raise UserError("--shape: expected tiny, or 7b with --tokenizer=<tokenizer.model> and --corpus=<JSON lines>")
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     save_tokenizer(args.tokenizer, ROOT / "benchmarks" / "work" / "tokenizer")
     tokenizer = load_tokenizer(ROOT / "benchmarks" / "work" / "tokenizer")
-    config = LlamaConfig(vocab_size=tokenizer.vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPE_7B)
     torch.manual_seed(0)
-    torch.set_default_dtype(DTYPES[pick_precision(args.precision, device)])
-    with torch.device(device):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval().requires_grad_(False), tokenizer, list(read_corpus(args.corpus))
+    model = random_7b(tokenizer.vocab_size, DTYPES[pick_precision(args.precision, device)], device)
+    return model.eval().requires_grad_(False), tokenizer, examples_of(args.corpus)
 
 
 def copy_rate(device):
@@ -181,7 +167,7 @@ def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     precision, forced = pick_precision(args.precision, device), args.shape == "7b"
-    model, tokenizer, records = prepare(args, device)
+    model, tokenizer, records = load(args, device)
     rate = copy_rate(device)
     config = model.config
     read_once = sum(p.numel() * p.element_size() for p in [*model.model.layers.parameters(), model.lm_head.weight])

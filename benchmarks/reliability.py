@@ -3,11 +3,12 @@
     python benchmarks/reliability.py                                              # half an hour on two free cores
     python benchmarks/reliability.py --trainers=train_trainer --kills=4 --fuzz=0  # one part of it
 
-For each trainer `--kills` SIGKILLs: half of them at random moments of the training, a quarter at one of the operations on
-files that a save is made of, a quarter between the adapter's two renames. After each a loader must find a whole adapter
-once there was one, and --resume goes on; a run that gets to its end is compared with one that nothing happened to, each
-loss it ever logged and the adapter, bit for bit, and the next begins. The other parts are tests with larger numbers: ZeRO
-0-3 on two ranks in both trainers, each ended by SIGTERM and resumed (STAGES), and fuzzing (FUZZ).
+Each trainer gets `--kills` SIGKILLs: half of them at random moments of the training, a quarter at one of the file
+operations of a save, a quarter between the adapter's two renames. After a kill a loader must still find a whole adapter
+if there was one before, and the run goes on with --resume. A run that reaches its end must equal one that was never
+killed, bit for bit: each loss that it ever logged, and the adapter. Then the next run begins.
+The rest is tests with larger numbers: ZeRO 0 to 3 on two ranks in both trainers, each run ended by SIGTERM and resumed
+(STAGES), and fuzzing (FUZZ).
 """
 
 import json
@@ -36,11 +37,12 @@ CONFIG = {
     "kills": 20,  # SIGKILLs a trainer
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model
     "steps": 60,  # optimizer steps of a run
-    "seed": 0,  # of the moments
-    "fuzz": 20000,  # cases a fuzz test; 0: leave the tests out
+    "seed": 0,  # of the moments at which a run is killed
+    "fuzz": 20000,  # cases for each fuzz test; 0: leave all tests out
 }
-# Runs a script and kills it at the n-th operation on a file of the run that changes one, the log aside; with "renames",
-# at the n-th adapter that is about to be moved to where the one before it was. torch.save opens its file in C++.
+# Runs a script and kills it at the n-th operation that changes a file of the run, operations on the log not counted; with
+# "renames" at the n-th rename of adapter_model.new, when the earlier adapter is already moved away. torch.save opens its
+# file in C++, where the audit hook does not see it, so it is counted by itself.
 KILLED_IN_A_SAVE = """
 import os, runpy, signal, sys
 import torch
@@ -76,7 +78,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def train(trainer, args, run, *more, before=(), seconds=None):
+def run_trainer(trainer, args, run, *more, before=(), seconds=None):
     """Run a trainer, and SIGKILL it `seconds` after its first log line. Returns its exit code."""
     options = [f"--model_dir={Path(args.model_dir).resolve()}", "--train_path=train.txt", "--dev_path=dev.txt"]
     options += ["--precision=fp32", "--lora_dropout=0.1", f"--max_steps={args.steps}", "--train_batch_size=4"]
@@ -99,46 +101,46 @@ def losses(run):
     return [(row["step"], row["loss"]) for row in read_log(run)]
 
 
-def adapter(run):
+def weights_of(run):
     return load_file(run / "adapter_model" / "adapter_model.safetensors")
 
 
-def find_adapter(run):
-    """What a loader finds of a run; of one that was killed before it had a checkpoint, where the next has put it."""
+def whole_adapter(run):
+    """The adapter that a loader finds, or None. A run without a checkpoint is not resumed: the next moves it to .old."""
     folders = (adapter_or_old(folder / "adapter_model") for folder in (run, run.with_name(run.name + ".old")))
     return next((folder for folder in folders if folder and adapter_shapes(folder)), None)
 
 
 def survive(trainer, args, work):
-    """One trainer's kills; returns what is to be reported of them."""
+    """Kill the runs of one trainer; returns the counts that main prints."""
     draw = random.Random(f"{args.seed}-{trainer}")
     whole, run = work / "whole", work / "run"
-    assert train(trainer, args, whole) == 0, (work / "output.txt").read_text(encoding="utf-8")[-4000:]
-    expected, expected_adapter = losses(whole), adapter(whole)
+    assert run_trainer(trainer, args, whole) == 0, (work / "output.txt").read_text(encoding="utf-8")[-4000:]
+    expected, expected_adapter = losses(whole), weights_of(whole)
     kills = {"at a random moment": 0, "in a save": 0, "between the renames": 0}
     found_old = lost = ended = equal = 0
     while True:
         resume = ["--resume"] if complete_checkpoints(run) else []
-        had = find_adapter(run)
+        had = whole_adapter(run)
         done = sum(kills.values())
         kind = list(kills)[max(0, done % 4 - 1)]
         if done == args.kills:
-            code = train(trainer, args, run, *resume)
+            code = run_trainer(trainer, args, run, *resume)
         elif kind == "at a random moment":
-            code = train(trainer, args, run, *resume, seconds=draw.uniform(0, 3))
+            code = run_trainer(trainer, args, run, *resume, seconds=draw.uniform(0, 3))
         else:
             which, among = ("renames", 9) if kind == "between the renames" else ("any", 200)
             before = ["-c", KILLED_IN_A_SAVE, str(draw.randint(1, among)), str(run), which]
-            code = train(trainer, args, run, *resume, before=before)
+            code = run_trainer(trainer, args, run, *resume, before=before)
         assert code in (0, -9), (work / "output.txt").read_text(encoding="utf-8")[-4000:]
-        found = find_adapter(run)
+        found = whole_adapter(run)
         lost += had is not None and found is None
         found_old += found is not None and found.name.endswith(".old")
         if code:
             kills[kind] += 1
         else:
             ended += 1
-            adapters = (expected_adapter, adapter(run))
+            adapters = (expected_adapter, weights_of(run))
             same = all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
             equal += same and set(losses(run)) == set(expected)
             shutil.rmtree(run)

@@ -10,11 +10,11 @@ GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a l
 of earlier runs stay until they are measured again, so the table can be filled over several sittings. What does not
 fit into memory is said and left out.
 
---gpus: only our two trainers, on one GPU and on each of these numbers of one host, with the ZeRO stages --zero.
-alone is the speed of one, linear_share the speed over that of as many GPUs alone, in the same run. loss_gap
-and adapter_gap are against the raw loop on one GPU with ZeRO-1 and the same examples a step, by accumulation: the
-largest difference of a logged loss, and the norm of the lora_B's difference, both as a share. Without a GPU it
-rehearses with processes on the CPU; their speed then says nothing.
+--gpus: only our two trainers, on one GPU and on each of these numbers of GPUs of one host, with the ZeRO stages --zero.
+alone: the speed of one GPU in the same run; linear_share: the speed divided by alone and by the number of GPUs.
+loss_gap and adapter_gap compare with the raw loop on one GPU, ZeRO-1, that has the same examples a step by accumulation:
+the largest relative difference of a logged loss, and the norm of the difference of all lora_B over their norm.
+Without a GPU it rehearses with processes on the CPU; their speed then says nothing.
 
 how: original (every example padded to 192; on CUDA fp16 with the optimizer on the CPU), peft (padded to the longest,
 autocast, dropout 0.1), sorted (the same, similar lengths together, dropout 0), liger (PEFT with Liger kernels, if
@@ -48,8 +48,9 @@ from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.training.prefix_tree import pad_batch, tree_row
+from benchmarks.speed_inputs import random_7b, read_corpus
 from config_utils import run_script
-from dataset import INSTRUCT, QUERY_PREFIX, encode_examples, format_answer, read_examples, read_jsonl
+from dataset import encode_examples, read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
@@ -67,12 +68,10 @@ CONFIG = {
     "peer": None,  # internal: measure this loop in this process
 }
 OURS = ("none", "plain", "prefix", "trainer")
-MEASURED = ("how", "shape", "batch", "gpus", "zero", "examples", "options")  # what a row is of; examples: of the corpus
+MEASURED = ("how", "shape", "batch", "gpus", "zero", "examples", "options")  # a new row replaces one equal in these
 COLUMNS = MEASURED + ("date", "examples_per_second", "ms_per_step", "peak_gib", "unique_tokens_per_second")
 COLUMNS += ("matrix_rate_share", "alone", "linear_share", "loss_gap", "adapter_gap")
 RESULTS = ROOT / "benchmarks" / "results"
-LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
-SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -80,34 +79,19 @@ def folder_of(shape, work):
     return {"tiny": ROOT / "model_hub" / "chinese-alpaca-tiny", "7b": work / "7b"}.get(shape) or Path(shape).resolve()
 
 
-def prepare(args, work):
-    """The model's folder and the data file that every way of training reads."""
+def write_inputs(args, work):
+    """Write the data file that every way of training reads, and the 7B; returns the model's folder."""
     work.mkdir(parents=True, exist_ok=True)
     source = args.corpus or ROOT / "data" / "demo" / "ori_data" / "train.txt"
-    instruct = INSTRUCT.replace("{labels}", "、".join(LABELS.values()))
     with (work / "train.txt").open("w", encoding="utf-8") as file:
-        for _, record in read_jsonl(source):
-            entities = [
-                {"entity": e["entity"], "type": LABELS[e["entity_type"]], **e["entity_index"]}
-                for e in record["entity_list"]
-            ]
-            example = {"instruct": instruct, "query": QUERY_PREFIX + record["text"], "answer": format_answer(entities)}
-            file.write(json.dumps(example, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for _, example in read_corpus(source))
     model_dir = folder_of(args.shape, work)
     if args.shape == "7b" and not (model_dir / "config.json").exists():
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         if not args.tokenizer:
             raise UserError("--shape=7b: also give --tokenizer=<tokenizer.model>")
         save_tokenizer(args.tokenizer, model_dir)
-        config = LlamaConfig(
-            vocab_size=load_tokenizer(model_dir).vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPE_7B
-        )
-        config.dtype = torch.bfloat16
-        torch.set_default_dtype(torch.bfloat16)
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = LlamaForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = random_7b(load_tokenizer(model_dir).vocab_size, torch.bfloat16, device)
         model.save_pretrained(model_dir)
         del model
         torch.cuda.empty_cache()
@@ -177,7 +161,7 @@ def speed_of(args, run):
 
 
 def gaps(run, reference):
-    """How far a run's losses and lora_B are from another's, as shares; UserError where it has not saved the same tensors."""
+    """{"loss_gap", "adapter_gap"} of two runs' folders, as shares of the reference; UserError for other tensors."""
     losses, expected = ([row["loss"] for row in read_log(r)] for r in (run, reference))
     loss_gap = max(abs(a - b) / b for a, b in zip(losses, expected, strict=True))
     ours, theirs = (load_file(r / "adapter_model" / "adapter_model.safetensors") for r in (run, reference))
@@ -288,7 +272,7 @@ def main(args):
     hows = [how for how in args.how if how in ("prefix", "trainer") or not several]
     if not hows:
         raise UserError(f"--gpus={given}: of --how only prefix and trainer run on several GPUs; name one of them")
-    model_dir = prepare(args, work)
+    model_dir = write_inputs(args, work)
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     rate = matrix_rate(device)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))

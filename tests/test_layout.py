@@ -42,7 +42,6 @@ KNOWN_LONG = {
     "embedded_model/make_demo.py": "not cut yet",
     "embedded_model/tasks.py": "not cut yet",
     "embedded_model/train_tiny.py": "writes again what alpaca/weights writes",
-    "benchmarks/train_speed.py": "not cut yet",
 }
 KNOWN_ARROWS = {
     ("benchmarks/demo_baselines.py", "embedded_model"): "its surnames are those of the demo's lexicon",
