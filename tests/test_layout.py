@@ -39,22 +39,12 @@ FOLDERS_ON_THE_PATH = ("", "tests", "tests/weights", "benchmarks", "tools", "emb
 # What is not as it should be yet. Each line is to go: the test fails as well where one of them is no longer true.
 KNOWN_LONG = {
     "dataset.py": "the answers and the token ids want a file of their own",
-    "embedded_model/make_demo.py": "not cut yet",
-    "embedded_model/tasks.py": "not cut yet",
-    "embedded_model/train_tiny.py": "writes again what alpaca/weights writes",
 }
 KNOWN_ARROWS = {
     ("benchmarks/demo_baselines.py", "embedded_model"): "its surnames are those of the demo's lexicon",
-    ("embedded_model/train_tiny.py", "command"): "it takes the instruction from the CONFIG of process.py",
     ("benchmarks/reliability.py", "tests"): "its records and its log reader are those of the tests",
 }
 KNOWN_UNDERSCORES = {
-    "config_utils.py": "the cut of config_utils left its helpers their names",
-    "alpaca/common/deepspeed_file.py": "the same",
-    "alpaca/common/option_help.py": "the same",
-    "tests/config_tables.py": "the same",
-    "tests/test_readme.py": "the same",
-    "tests/test_untrusted.py": "the same",
     "tests/answering/test_generation.py": "makes a batch smaller from within",
     "benchmarks/generate_speed.py": "counts the steps of alpaca.answering.batch from within",
 }
