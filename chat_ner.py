@@ -22,10 +22,12 @@ from alpaca.answering.generate import sampler, stream, without_template
 from alpaca.answering.predictions import make_grammar
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import SURROGATE
+from alpaca.corpora.inputs import read_inputs
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
 from config_utils import run_script
-from dataset import BOS, QUERY_PREFIX, SURROGATE, build_prompt, encode_prompts, read_inputs
+from dataset import BOS, QUERY_PREFIX, build_prompt, encode_prompts
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401  arrow keys and history in input()

@@ -5,12 +5,11 @@ disagree about a byte of it. Nothing here loads weights or reads the command lin
 """
 
 import hashlib
-import json
-import re
-from collections import namedtuple
 from pathlib import Path
+from typing import NamedTuple
 
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import keep_or_raise, read_jsonl
 
 # The template that Chinese-Alpaca was tuned with (Stanford Alpaca's, for an instruction without a separate input).
 # The one space at its end is a token of its own ("▁"): the answer is encoded separately behind it.
@@ -21,7 +20,7 @@ PROMPT = (
 PROMPT_SHA256 = hashlib.sha256(PROMPT.encode("utf-8")).hexdigest()
 QUERY_PREFIX = "文本："
 NO_ENTITY = "没有"
-SURROGATE = re.compile("[\ud800-\udfff]")  # json reads it, but it is no character: no file or tokenizer takes it
+REHEARSAL = "rehearsal"  # the `task` of rows of instruct data that belong to another task
 INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
     "不同实体间用\n分隔。如果没有结果，回答'没有'。"
@@ -40,88 +39,26 @@ def build_prompt(instruct, query):
 # records
 
 
-def read_lines(path, malformed=None):
-    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing or empty one.
-
-    An undecodable line is a UserError too, or, where there is a list `malformed`, is left out and appended to it.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_file():  # most files are read twice
-        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'pipe or device'}; name a file")
-    if not path.is_file():
-        made = "; make it with `python process.py --data_name=…`" if path.parent.name == "instruct_data" else ""
-        raise UserError(f"{path}: no such file{made}")
-    number = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                _refuse(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); re-encode it", malformed)
-                continue
-            yield number, line
-    if not number:
-        raise UserError(f"{path}: the file is empty")
-
-
-def _refuse(message, malformed):
-    if malformed is None:
-        raise UserError(message) from None
-    malformed.append(message)
-
-
-def read_jsonl(path, malformed=None):
-    """Yield (line number, object) of a JSON-lines file; blank lines are skipped. UserError names file and line.
-
-    `malformed`: as in read_lines.
-    """
-    found = False
-    for number, line in read_lines(path, malformed):
-        if not line.strip():
-            continue
-        found = True
-        try:
-            record = _parse_record(f"{path}:{number}", line)
-        except UserError as error:
-            _refuse(str(error), malformed)
-        else:
-            yield number, record
-    if not found:
-        raise UserError(f"{path}: the file holds no record")
-
-
-def _parse_record(where, line):
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
-        raise UserError(f"{where}: not JSON that can be read ({error}); correct the line") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; one object a line")
-    for value in record.values():
-        if isinstance(value, str) and SURROGATE.search(value):
-            raise UserError(f"{where}: half a character (a lone surrogate) in {value[:40]!r}; correct the text")
-    return record
-
-
 def read_examples(path, instruct_column="instruct", query_column="query", response_column="answer", malformed=None):
-    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities", "bare", "line"}; entities may be None.
+    """Instruct data as a list of {"instruct", "query", "answer", "text", "entities", "task", "line"}; entities may be None.
 
-    Only the three columns are required. `text` falls back to the query without its prefix. `bare`: whether the row has
-    neither text nor entities of its own. `malformed`: as in read_lines.
+    Only the three columns are required. `text` falls back to the query without its prefix. `task`: "rehearsal" where the
+    row says so, "ner" where it has a text or entities of its own, else None. `malformed`: as in text_files.read_lines.
     """
     columns = {"instruct": instruct_column, "query": query_column, "answer": response_column}
+    if not Path(path).exists() and Path(path).parent.name == "instruct_data":
+        raise UserError(f"{path}: no such file; make it with `python process.py --data_name=…`")
     examples = []
     for number, record in read_jsonl(path, malformed):
         try:
             example = _three_columns(f"{path}:{number}", record, columns)
             example |= optional_columns(path, number, record, example["query"])
         except UserError as error:
-            _refuse(str(error), malformed)
+            keep_or_raise(str(error), malformed)
         else:
-            bare = record.get("text") is None and record.get("entities") is None
-            examples.append({**example, "bare": bare, "line": number})
+            stated = "ner" if record.get("text") is not None or record.get("entities") is not None else None
+            task = REHEARSAL if record.get("task") == REHEARSAL else stated
+            examples.append({**example, "task": task, "line": number})
     return examples
 
 
@@ -163,45 +100,18 @@ def optional_columns(path, number, record, query):
 
 
 def without_rehearsal(examples):
-    """The examples of the task that the data are for.
+    """The examples of the task that the data are for, without those that only keep a model from forgetting other tasks.
 
-    Where some examples have a `text` or `entities`, the bare ones of other instructions only keep the model from
-    forgetting other tasks (process.py's rehearse.txt). A file of nothing but bare ones is all for its own task.
+    These are the rows with "task": "rehearsal". Files of before that key was written are read as they were: where some
+    rows have a `text` or `entities`, rows without, of another instruction, are rehearsal too.
     """
-    instructs = {example["instruct"] for example in examples if not example.get("bare")}
-    return [example for example in examples if example["instruct"] in instructs] or examples
+    own = [example for example in examples if example.get("task") != REHEARSAL]
+    instructs = {example["instruct"] for example in own if example.get("task") == "ner"}
+    return [example for example in own if example["instruct"] in instructs] or own or examples
 
 
-def read_inputs(path):
-    """The lines of a text file that are not blank; UserError where there is none."""
-    lines = [line for _, line in read_lines(path) if line.strip()]
-    if not lines:
-        raise UserError(f"{path}: the file holds only blank lines")
-    return lines
-
-
-def read_texts(path):
-    """Texts to answer, as a list of dicts with `text` or `query`, and `instruct` and `answer` where given.
-
-    The file holds plain text, one a line, or JSON lines.
-    """
-    lines = read_inputs(path)
-    if not lines[0].lstrip().startswith("{"):
-        return [{"text": line} for line in lines]
-    records = []
-    for number, record in read_jsonl(path):
-        for key in ("query", "instruct", "answer"):
-            if not isinstance(record.get(key), str | None):
-                raise UserError(f"{path}:{number}: `{key}` must be a string, got {record[key]!r}")
-        record |= optional_columns(path, number, record, record.get("query") or "")
-        if not record["text"] and not record.get("query") and not record.get("instruct"):
-            raise UserError(f"{path}:{number}: needs a `text`, a `query` or an `instruct`")
-        records.append(record)
-    return records
-
-
-def to_example(record, instruct, query_prefix):
-    """A record of read_texts in the shape of read_examples. query_prefix: what stands before the text in training."""
+def example_of_input(record, instruct, query_prefix):
+    """A record of corpora/inputs.py's read_texts in the shape of read_examples. query_prefix: what stands before the text in training."""
     query, text = record.get("query"), record["text"]
     return {
         "instruct": record.get("instruct") or instruct,
@@ -232,7 +142,14 @@ def query_prefix_of(records):
 # answers
 
 
-ParsedAnswer = namedtuple("ParsedAnswer", "entities malformed unknown_type not_in_text repeated")
+class ParsedAnswer(NamedTuple):
+    """An answer's entities and what is wrong with it. A pair is (entity, type)."""
+
+    entities: list  # the distinct pairs in order, also those of an unknown type or not in the text
+    malformed: list  # lines that are not 实体_类型
+    unknown_type: list  # pairs whose type is none of the labels
+    not_in_text: list  # pairs whose entity does not occur in the text
+    repeated: list  # pairs that come again, once for each time
 
 
 def format_answer(entities):
@@ -242,12 +159,7 @@ def format_answer(entities):
 
 
 def parse_answer(answer, text=None, labels=None):
-    """An answer's entities and what is wrong with it.
-
-    entities: the distinct (entity, type) pairs in order, also those of an unknown type or not in the text.
-    malformed: lines that are not `实体_类型`; unknown_type and not_in_text: pairs that `labels` and `text` refute;
-    repeated: pairs that come again, once for each time.
-    """
+    """An answer -> ParsedAnswer; without `labels` no type is unknown, without `text` no entity is missing in it."""
     pairs, malformed = [], []
     lines = [line for line in answer.replace("\r", "").split("\n") if line.strip()]
     for line in [] if lines == [NO_ENTITY] else lines:
@@ -321,8 +233,12 @@ def labels_of(examples):
 # token ids
 
 
-# Lists of int, answer_ids ends with eos; line: that of the file, for messages.
-TokenizedExample = namedtuple("TokenizedExample", "prompt_ids answer_ids line", defaults=[None])
+class TokenizedExample(NamedTuple):
+    """An example as token ids."""
+
+    prompt_ids: list  # of int, begins with bos
+    answer_ids: list  # of int, ends with eos
+    line: int | None = None  # where in the file it stands, for messages
 
 
 def encode_prompts(tokenizer, prompts):

@@ -23,10 +23,12 @@ from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import SURROGATE
+from alpaca.corpora.inputs import read_texts
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
 from config_utils import run_script
-from dataset import SURROGATE, read_texts, task_of, to_example
+from dataset import example_of_input, task_of
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under checkpoint/
@@ -52,7 +54,7 @@ SAMPLES = [
 
 
 def texts_asked_for(args):
-    """Those of --text or --input_path, else SAMPLES, as dataset.read_texts gives them."""
+    """Those of --text or --input_path, else SAMPLES, as read_texts gives them."""
     if args.text is not None and args.input_path:
         raise UserError("--text and --input_path: give one of the two")
     if args.text is not None:
@@ -92,7 +94,7 @@ def main(args):
     labels, instruct, query_prefix = task_of(facts)
     if len(facts.get("instructs", [])) > 1 and any(not record.get("instruct") for record in records):
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
-    examples = [to_example(record, instruct, query_prefix) for record in records]
+    examples = [example_of_input(record, instruct, query_prefix) for record in records]
     output = open_output(args.output_path) if args.output_path else None
     done = rows_written(args.output_path, [e["text"] for e in examples]) if args.resume else 0
     model, tokenizer = load_for_inference(
@@ -101,7 +103,7 @@ def main(args):
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
     waiting = progress(examples[done:], desc="切分", unit="条")
     cuts = cut_examples(waiting, model, tokenizer, train_args, facts)
-    parts = [part for window_examples, _, _ in cuts for part in window_examples]
+    parts = [part for cut in cuts for part in cut.parts]
     rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
 
     if output and not args.resume:
@@ -110,10 +112,10 @@ def main(args):
         tqdm.write("=" * 100)
     cut_off = 0
     rows = rows_of_texts(examples[done:], cuts, rows)
-    for number, (example, row, (_, _, inside)) in enumerate(zip(examples[done:], rows, cuts, strict=True), done + 1):
+    for number, (example, row, cut) in enumerate(zip(examples[done:], rows, cuts, strict=True), done + 1):
         cut_off += row.get("problems", {}).get("cut", 0)
-        if inside:
-            say(f"第 {number} 条没有句末可切，在句子里面切开，位置 {', '.join(map(str, inside))}")
+        if cut.inside:
+            say(f"第 {number} 条没有句末可切，在句子里面切开，位置 {', '.join(map(str, cut.inside))}")
         if row["prediction"] is None:
             say(f"第 {number} 条超过模型的长度上限，没有回答: {row['text'][:30]}…")
         if output:

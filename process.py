@@ -16,7 +16,7 @@ Writes data/<data_name>/instruct_data/{train,dev}.txt, one object a line; offset
     {"instruct", "query", "answer", "text", "entities": [{"entity", "type", "begin", "end"}]}
 
 If there is a data/<data_name>/ori_data/rehearse.txt, rows of other tasks as {"instruct", "query", "answer"}, they are
-added to train.txt: an adapter that is trained on one task alone forgets what its base could do besides.
+added to train.txt with "task": "rehearsal": an adapter that is trained on one task alone forgets what its base could do besides.
 
 Every sentence stays, also those without an entity; only sentences of train that dev holds too are left out.
 """
@@ -33,6 +33,7 @@ from collections import Counter
 from pathlib import Path
 
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.convert import convert
 from alpaca.corpora.json_lines import COLUMNS
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
@@ -40,7 +41,7 @@ from alpaca.corpora.problems import PROBLEMS, Problems
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
 from config_utils import run_script
-from dataset import INSTRUCT, QUERY_PREFIX, read_jsonl
+from dataset import INSTRUCT, QUERY_PREFIX, REHEARSAL
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under data/
@@ -71,7 +72,7 @@ def read_rehearsal(path):
         for key, value in record.items():
             if not isinstance(value, str):
                 raise UserError(f"{path}:{number}: {key!r} must be a string, got {value!r}; correct the line")
-        rows.append({key: record[key] for key in COLUMNS})
+        rows.append({key: record[key] for key in COLUMNS} | {"task": REHEARSAL})
     return rows
 
 

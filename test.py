@@ -62,7 +62,7 @@ def main(args):
     examples = read_examples(dev_path, *columns)
     own = without_rehearsal(examples) if args.metric == "ner" else examples
     if others := len(examples) - len(own):
-        say(f"{dev_path}: {others} 条是别的任务（没有 text 和 entities，指令也不同），不测")
+        say(f"{dev_path}: {others} 条是别的任务，不测")
     examples = own[: args.max_examples] if args.max_examples > 0 else own
     if args.metric == "ner" and not is_ner([parse_answer(example["answer"]) for example in examples]):
         raise UserError(

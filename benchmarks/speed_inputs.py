@@ -2,7 +2,8 @@
 
 import torch
 
-from dataset import INSTRUCT, QUERY_PREFIX, format_answer, read_jsonl
+from alpaca.common.text_files import read_jsonl
+from dataset import INSTRUCT, QUERY_PREFIX, format_answer
 
 LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
 SHAPE_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}

@@ -3,9 +3,10 @@
 from tqdm import tqdm
 
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import read_lines
 from alpaca.corpora.json_lines import read_json_sentences
 from alpaca.corpora.tagged_columns import read_tagged_sentences, split_columns
-from dataset import format_answer, read_lines
+from dataset import format_answer
 
 
 def detect_format(path):
@@ -20,7 +21,7 @@ def detect_format(path):
     )
 
 
-def example_of(sentence, path, labels, instruct, query_prefix, problems):
+def example_of_sentence(sentence, path, labels, instruct, query_prefix, problems):
     """A Sentence -> an example of instruction data; entities that cannot be answered with are left out and reported."""
     text, entities = sentence.text, []
     for begin, end, tag, entity, line in sentence.marks:
@@ -52,7 +53,7 @@ def convert(path, form, labels, instruct, query_prefix, problems):
     examples = []
     for sentence in tqdm(sentences, desc=str(path), unit=" 句", delay=1, disable=None):
         if sentence.text.strip():
-            examples.append(example_of(sentence, path, labels, instruct, query_prefix, problems))
+            examples.append(example_of_sentence(sentence, path, labels, instruct, query_prefix, problems))
         else:
             problems.add("empty", path, sentence.line, repr(sentence.text))
     if not examples:

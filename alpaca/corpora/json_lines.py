@@ -1,8 +1,8 @@
 """JSON-lines corpora: one sentence with its entities a line."""
 
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.sentences import Mark, Sentence
-from dataset import read_jsonl
 
 COLUMNS = ("instruct", "query", "answer")
 

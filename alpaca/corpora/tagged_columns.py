@@ -2,12 +2,22 @@
 
 import re
 from itertools import accumulate
+from typing import NamedTuple
 
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import read_lines
 from alpaca.corpora.sentences import Mark, Sentence
-from dataset import read_lines
 
 TAG = re.compile(r"O|([BIMES])[-_](.+)")
+
+
+class TagSpan(NamedTuple):
+    """An entity as its tags state it."""
+
+    first: int  # tokens of the sentence, from 0
+    end: int  # exclusive
+    kind: str  # the type as the corpus writes it
+    guessed: bool  # whether the tag that opens it was missing
 
 
 def split_columns(line):
@@ -41,16 +51,16 @@ def join_tokens(rows, path, problems):
     numbers, tokens, tags = zip(*rows, strict=True)
     text, ends = "".join(tokens), [0, *accumulate(map(len, tokens))]
     marks = []
-    for first, last, tag, repaired in decode_tags(tags):
-        begin, end = ends[first], ends[last]
-        marks.append(Mark(begin, end, tag, text[begin:end], numbers[first]))
-        if repaired:
-            problems.add("repaired", path, numbers[first], f"{tokens[first]} {tags[first]}")
+    for span in decode_tags(tags):
+        begin, end, number = ends[span.first], ends[span.end], numbers[span.first]
+        marks.append(Mark(begin, end, span.kind, text[begin:end], number))
+        if span.guessed:
+            problems.add("repaired", path, number, f"{tokens[span.first]} {tags[span.first]}")
     return Sentence(numbers[0], text, marks)
 
 
 def decode_tags(tags):
-    """BIO, BMES(O) or BIOES tags -> [(first, last + 1, type, whether an opening tag had to be guessed)] in tokens."""
+    """BIO, BMES(O) or BIOES tags of a sentence -> list of TagSpan, in order."""
     spans, current = [], None
     for i, tag in enumerate(tags):
         prefix, kind = TAG.fullmatch(tag).groups()
@@ -59,8 +69,8 @@ def decode_tags(tags):
             continue
         continues = prefix in "IME" and current == kind
         if continues:
-            spans[-1][1] = i + 1
+            spans[-1] = spans[-1]._replace(end=i + 1)
         else:
-            spans.append([i, i + 1, kind, prefix in "IME"])
+            spans.append(TagSpan(i, i + 1, kind, prefix in "IME"))
         current = None if prefix in "ES" else kind
-    return [tuple(span) for span in spans]
+    return spans

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import SURROGATE
+from alpaca.corpora.inputs import read_texts
 from alpaca.page.marks import Exchange, chat_html, escape, file_html, note_html, progress_html, row_html
-from dataset import SURROGATE, read_texts
 
 STOPPED = "已停止。"
 

@@ -12,7 +12,7 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import attach_adapter, check_fit, load_for_inference
 from config_utils import load_config
-from dataset import build_prompt, encode_prompts, task_of, to_example
+from dataset import build_prompt, encode_prompts, example_of_input, task_of
 
 BASE = "不加 LoRA，只用基座"
 
@@ -91,12 +91,12 @@ class Models:
             yield step
 
     def answer_texts(self, name, records):
-        """Yield an Answered after each window of the texts (records: those of dataset.read_texts), the last with the rows."""
+        """Yield an Answered after each window of the texts (records: those of read_texts), the last with the rows."""
         _, train_args, facts = self.choices[name]
         labels, instruct, query_prefix = task_of(facts)
-        examples = [to_example(record, instruct, query_prefix) for record in records]
+        examples = [example_of_input(record, instruct, query_prefix) for record in records]
         cuts = cut_examples(examples, self.model, self.tokenizer, train_args, facts)
-        parts = [part for window_examples, _, _ in cuts for part in window_examples]
+        parts = [part for cut in cuts for part in cut.parts]
         limits = self.args.max_new_tokens, self.args.batch_size
         steps = predict_rows(self.model, self.tokenizer, parts, labels, *limits, self.grammar(name))
         rows = []

@@ -75,18 +75,18 @@ def find_warnings(records, train=None):
     Data of another task than NER need none of the checks of entities, nor does rehearsal.
     """
     found = {kind: [] for kind in WARNINGS}
-    train_texts = {input_of(r) for r in train or []}
+    train_texts = {subject_of(r) for r in train or []}
     seen = {}
     for record in records:
         line, given = record["line"], record["answer"]
         if not given.strip():
-            found["empty"].append((line, input_of(record)))
+            found["empty"].append((line, subject_of(record)))
         first = seen.setdefault((record["instruct"], record["query"]), record)
         if first is not record:
             kind = "repeated" if first["answer"] == given else "contradiction"
-            found[kind].append((line, f"同第 {first['line']} 行: {input_of(record)}"))
-        if input_of(record) in train_texts:
-            found["overlap"].append((line, input_of(record)))
+            found[kind].append((line, f"同第 {first['line']} 行: {subject_of(record)}"))
+        if subject_of(record) in train_texts:
+            found["overlap"].append((line, subject_of(record)))
     own = without_rehearsal(records)
     parsed = [parse_answer(r["answer"], r["text"]) for r in own]
     if not is_ner(parsed):
@@ -112,8 +112,8 @@ def find_warnings(records, train=None):
     return found
 
 
-def input_of(record):
-    """What a record is about: its text, or where it has none, as a question that is all instruction, that."""
+def subject_of(record):
+    """What a record is about: its text, or its instruction where the text is empty (a question without an input)."""
     return record["text"] or record["instruct"]
 
 

@@ -4,45 +4,42 @@ import random
 import time
 from types import SimpleNamespace
 
-from alpaca.answering.windows import cut, cut_examples, join_rows
+from alpaca.answering.windows import cut_examples, join_rows
+from alpaca.models.sentences import cut_text
 from alpaca.models.tokenizer import load_tokenizer
-from dataset import to_example
-
-
-def in_characters(limit):
-    return lambda part: len(part) <= limit
+from dataset import example_of_input
 
 
 def test_a_text_that_fits_is_one_window():
-    assert cut("王明去了北京。他说好。", in_characters(11)) == ([(0, 11)], [])
-    assert cut("", in_characters(5)) == ([(0, 0)], [])
+    assert cut_text("王明去了北京。他说好。", len, 11) == ([(0, 11)], [])
+    assert cut_text("", len, 5) == ([(0, 0)], [])
 
 
 def test_windows_end_with_sentences():
     text = "他说：“王明到了。”北京很冷！？\n没有雪……于是回家。"
-    windows, inside = cut(text, in_characters(12))
+    windows, inside = cut_text(text, len, 12)
     assert [text[begin:end] for begin, end in windows] == ["他说：“王明到了。”", "北京很冷！？\n没有雪……", "于是回家。"]
     assert inside == []
 
 
 def test_what_is_cut_inside_a_sentence_is_named():
     text = "王明在北京，李华在上海，都没有回来。" + "长" * 20 + "。好。"
-    windows, inside = cut(text, in_characters(10))
+    windows, inside = cut_text(text, len, 10)
     assert [text[begin:end] for begin, end in windows] == [
         *("王明在北京，", "李华在上海，", "都没有回来。", "长" * 10, "长" * 10, "。好。"),
     ]
     assert inside == [6, 12, 28, 38]
-    assert cut("v1.5 and 3.14. The end", in_characters(16))[0] == [(0, 14), (14, 22)]
+    assert cut_text("v1.5 and 3.14. The end", len, 16)[0] == [(0, 14), (14, 22)]
 
 
 def test_windows_are_as_long_as_texts_usually_are():
     """Sentences are joined to the usual length; one that is longer stays whole as long as it fits."""
     text = "王明到了。他说好。" + "去年在北京，我们都说好。" + "好。好。"
-    windows, inside = cut(text, in_characters(15), in_characters(10))
+    windows, inside = cut_text(text, len, 15, 10)
     assert [text[begin:end] for begin, end in windows] == ["王明到了。他说好。", "去年在北京，我们都说好。", "好。好。"]
     assert inside == []
-    assert cut("长" * 14, in_characters(15), in_characters(10)) == ([(0, 14)], [])
-    windows, inside = cut("长" * 14 + "，好", in_characters(15), in_characters(10))
+    assert cut_text("长" * 14, len, 15, 10) == ([(0, 14)], [])
+    windows, inside = cut_text("长" * 14 + "，好", len, 15, 10)
     assert (windows, inside) == ([(0, 15), (15, 16)], [15])
 
 
@@ -52,7 +49,7 @@ def test_windows_of_random_texts():
     for _ in range(200):
         text = "".join(draw.choices("王明北京去年，。！\n ”", weights=[5] * 6 + [1] * 6, k=draw.randint(1, 300)))
         limit = draw.randint(1, 60)
-        windows, inside = cut(text, in_characters(limit), in_characters(draw.randint(1, limit)))
+        windows, inside = cut_text(text, len, limit, draw.randint(1, limit))
         assert "".join(text[begin:end] for begin, end in windows) == text
         assert all(0 < end - begin <= limit for begin, end in windows)
         assert all(text[end - 1] in "。！\n”" for _, end in windows[:-1] if end not in inside)
@@ -62,7 +59,7 @@ def test_windows_of_random_texts():
 def test_a_book_takes_no_time():
     text = "王明去年在北京，李华在上海。" * 1500
     start = time.perf_counter()
-    windows, inside = cut(text, in_characters(300))
+    windows, inside = cut_text(text, len, 300)
     assert len(windows) == 72 and not inside and time.perf_counter() - start < 2
 
 
@@ -95,6 +92,6 @@ def test_joined_rows():
 
 
 def test_an_instruction_that_leaves_no_room_is_cut_into_nothing(base_dir):
-    example = to_example({"instruct": "说" * 600, "text": "王明到了。他说好。"}, "", "文本：")
+    example = example_of_input({"instruct": "说" * 600, "text": "王明到了。他说好。"}, "", "文本：")
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
     assert cut_examples([example], model, load_tokenizer(base_dir), None, {}) == [([example], [(0, 9)], [])]

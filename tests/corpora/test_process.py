@@ -232,7 +232,8 @@ def test_rehearsal_goes_to_train_alone(corpus, capsys):
     rows = [{"query": "文本：甲", "answer": "甲_乙", "instruct": "说"}, {"instruct": "问", "query": "", "answer": "答"}]
     Path(REHEARSE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     train, dev = process("--dev_size=2")
-    assert train[8:] == rows and list(train[8]) == ["instruct", "query", "answer"]
+    assert train[8:] == [{**row, "task": "rehearsal"} for row in rows]
+    assert list(train[8]) == ["instruct", "query", "answer", "task"]
     assert {example["text"] for example in train[:8] + dev} == {f"第{i}句" for i in range(10)}
     out = capsys.readouterr().out
     assert "train.txt：句子 8，" in out and f"别的任务：{REHEARSE} 的 2 条也写进了 train.txt，占 20.0%" in out

@@ -10,6 +10,8 @@ from transformers import AutoTokenizer
 
 import dataset
 from alpaca.common.errors import UserError
+from alpaca.common.text_files import read_jsonl
+from alpaca.corpora.inputs import read_texts
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from dataset import (
     EOS,
@@ -18,6 +20,7 @@ from dataset import (
     TokenizedExample,
     build_prompt,
     encode_examples,
+    example_of_input,
     fit_length,
     format_answer,
     gold_entities,
@@ -25,9 +28,6 @@ from dataset import (
     locate,
     parse_answer,
     read_examples,
-    read_jsonl,
-    read_texts,
-    to_example,
     without_rehearsal,
 )
 from harness import INSTRUCTION, make_records, write_jsonl
@@ -125,7 +125,7 @@ def test_read_examples(tmp_path):
         "answer": "没有",
         "text": "甲_乙",
         "entities": None,
-        "bare": True,
+        "task": None,
         "line": 1,
     }
     assert second["entities"] == records[1]["entities"] and second["text"] == records[1]["text"]
@@ -133,6 +133,16 @@ def test_read_examples(tmp_path):
     stated, titled = read_examples(write_jsonl(path, [{**records[0], "text": "甲"}, {**records[1], "entities": None}]))
     assert without_rehearsal([stated, second, first]) == [stated, second, first]  # of one instruction is of one task
     assert without_rehearsal([{**first, "instruct": "别的"}, stated, titled]) == [stated, titled]
+
+
+def test_rehearsal_is_what_says_so(tmp_path):
+    """Of three keys alone, of the same instruction and even with a text: "task" decides; another task's name does not."""
+    row = {"instruct": "指", "query": "文本：甲", "answer": "甲_乙"}
+    rows = [row, {**row, "task": "rehearsal"}, {**row, "task": "ner"}, {**row, "text": "甲", "task": "rehearsal"}]
+    examples = read_examples(write_jsonl(tmp_path / "data.txt", rows))
+    assert [example["task"] for example in examples] == [None, "rehearsal", None, "rehearsal"]
+    assert without_rehearsal(examples) == [examples[0], examples[2]]
+    assert without_rehearsal(examples[1:2]) == examples[1:2]  # a file of nothing else is for that task
 
 
 @pytest.mark.parametrize(
@@ -284,6 +294,6 @@ def test_the_text_of_a_query_is_what_follows_the_prefix_of_the_training_data(tmp
         {"text": "王明"},
     ]
     read = read_texts(write_jsonl(tmp_path / "texts.txt", queries))
-    examples = [to_example(record, "", "句子：") for record in read]
+    examples = [example_of_input(record, "", "句子：") for record in read]
     assert [example["text"] for example in examples] == ["王明"] * 4
     assert [example["query"] for example in examples] == ["句子：王明", "文本：王明", "问：王明", "句子：王明"]

@@ -31,12 +31,13 @@ from alpaca.answering.generate import generate
 from alpaca.answering.predictions import make_grammar, predict_rows
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.errors import UserError
+from alpaca.corpora.inputs import read_texts
 from alpaca.models.base import load_for_inference
 from alpaca.page.address import check_address
 from alpaca.page.marks import HTML, PREVIEWED, file_html, pieces_of, row_html
 from alpaca.page.models import BASE
 from config_utils import load_config, parse_config
-from dataset import build_prompt, encode_prompts, read_texts, task_of, to_example
+from dataset import build_prompt, encode_prompts, example_of_input, task_of
 from harness import free_port
 
 TOKENS = 24
@@ -164,9 +165,9 @@ def loaded(folder):
 def predicted(loaded, records):
     """What predict.py would write."""
     labels, *asked = task_of(loaded.facts)
-    examples = [to_example(record, *asked) for record in records]
+    examples = [example_of_input(record, *asked) for record in records]
     cuts = cut_examples(examples, loaded.model, loaded.tokenizer, loaded.args, loaded.facts)
-    parts = [part for window_examples, _, _ in cuts for part in window_examples]
+    parts = [part for cut in cuts for part in cut.parts]
     grammar = make_grammar("auto", loaded.adapter, loaded.tokenizer, labels)
     rows = predict_rows(loaded.model, loaded.tokenizer, parts, labels, TOKENS, 64, grammar)
     return list(rows_of_texts(examples, cuts, rows)), cuts
@@ -203,7 +204,7 @@ def test_a_file_comes_back_as_predict_would_write_it(page, loaded, tmp_path):
     upload = tmp_path / "我的 文本.txt"
     upload.write_text("王明在北京。\n\n" + LONG + "\n李华去年在上海。\n" + "新闻。\n" * 5, encoding="utf-8")
     rows, cuts = predicted(loaded, read_texts(upload))
-    assert [len(windows) > 1 for _, windows, _ in cuts] == [False, True] + 6 * [False]
+    assert [len(cut.windows) > 1 for cut in cuts] == [False, True] + 6 * [False]
     page.evaluate("""() => {
         window.bars = new Set();
         new MutationObserver(() => { const bar = document.querySelector("#result progress");

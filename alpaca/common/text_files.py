@@ -1,0 +1,77 @@
+"""UTF-8 files of lines and of JSON lines; whatever cannot be read is named by file and line."""
+
+import json
+import re
+from pathlib import Path
+
+from alpaca.common.errors import UserError
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # json reads it, but it is no character: no file or tokenizer takes it
+
+
+def read_lines(path, malformed=None):
+    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing or empty one.
+
+    An undecodable line is a UserError too, or, where there is a list `malformed`, is left out and appended to it.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():  # most files are read twice
+        raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'pipe or device'}; name a file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    number = 0
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                keep_or_raise(
+                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); re-encode it", malformed
+                )
+                continue
+            yield number, line
+    if not number:
+        raise UserError(f"{path}: the file is empty")
+
+
+def keep_or_raise(message, malformed):
+    """Raise the message as a UserError or, where there is a list `malformed`, append it to that."""
+    if malformed is None:
+        raise UserError(message) from None
+    malformed.append(message)
+
+
+def read_jsonl(path, malformed=None):
+    """Yield (line number, object) of a JSON-lines file; blank lines are skipped. UserError names file and line.
+
+    `malformed`: as in read_lines.
+    """
+    found = False
+    for number, line in read_lines(path, malformed):
+        if not line.strip():
+            continue
+        found = True
+        try:
+            record = parse_record(f"{path}:{number}", line)
+        except UserError as error:
+            keep_or_raise(str(error), malformed)
+        else:
+            yield number, record
+    if not found:
+        raise UserError(f"{path}: the file holds no record")
+
+
+def parse_record(where, line):
+    """One line -> its JSON object. `where`: file and line, for the UserError of anything else."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
+        raise UserError(f"{where}: not JSON that can be read ({error}); correct the line") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; one object a line")
+    for value in record.values():
+        if isinstance(value, str) and SURROGATE.search(value):
+            raise UserError(f"{where}: half a character (a lone surrogate) in {value[:40]!r}; correct the text")
+    return record

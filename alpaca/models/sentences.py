@@ -1,0 +1,63 @@
+"""A text that is longer than a model is to read, cut at sentence ends."""
+
+import re
+from bisect import bisect_left
+from typing import NamedTuple
+
+# After what a text may be cut, best first: an entity goes across none of the first, and seldom across the second.
+CLOSING = "[”’』」）)\\]】》\"']*"
+SENTENCE_END = re.compile(rf"[。！？!?…；;]+{CLOSING}|\.{CLOSING}(?=\s)|\n")
+CLAUSE_END = re.compile(rf"[，、：:,]+{CLOSING}|\s+|(?<=[）》」』”])")
+
+
+class Window(NamedTuple):
+    """A part of a text."""
+
+    begin: int  # characters of the text, from 0
+    end: int  # exclusive
+
+
+class Cut(NamedTuple):
+    """A text in windows."""
+
+    windows: list  # of Window, in order and without gaps
+    inside: list  # those of the windows' ends that are inside a sentence
+
+
+def cut_text(text, count_tokens, room, usual=None):
+    """Cut a text into windows of at most `room` tokens -> Cut.
+
+    count_tokens: str -> int; a longer part of the text may not have fewer tokens than its beginning. usual: how many
+    tokens texts usually have (None: `room`). A window is as many whole sentences as have at most `usual` tokens
+    together, but at least one sentence. A sentence of more than `room` tokens is cut after a clause or, where there is
+    no clause, anywhere.
+    """
+    usual = room if usual is None else usual
+    if count_tokens(text) <= usual:
+        return Cut([Window(0, len(text))], [])
+    windows, inside, begin = [], [], 0
+    while begin < len(text):
+        end = begin + _longest(text[begin:], count_tokens, room)
+        ends = _ends(SENTENCE_END, text, begin, end) + [end] * (end == len(text))
+        if ends:
+            end = max((last for last in ends if count_tokens(text[begin:last]) <= usual), default=ends[0])
+        else:
+            end = max(_ends(CLAUSE_END, text, begin, end), default=end)
+            inside.append(end)
+        windows.append(Window(begin, end))
+        begin = end
+    return Cut(windows, inside)
+
+
+def _longest(text, count_tokens, room):
+    """How many characters of the text have at most `room` tokens; at least one, so that every window ends."""
+    reach = 64
+    while reach < len(text) and count_tokens(text[:reach]) <= room:
+        reach *= 2
+    reach = min(reach, len(text))
+    return max(bisect_left(range(1, reach + 1), True, key=lambda n: count_tokens(text[:n]) > room), 1)
+
+
+def _ends(pattern, text, begin, end):
+    """Where the matches end that end in (begin, end], in order."""
+    return [match.end() for match in pattern.finditer(text, begin, end) if match.end() > begin]
