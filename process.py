@@ -34,10 +34,10 @@ from pathlib import Path
 
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import read_jsonl
-from alpaca.corpora.convert import convert
+from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.json_lines import COLUMNS
-from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
-from alpaca.corpora.problems import PROBLEMS, Problems
+from alpaca.corpora.labels import DEFAULT_LABELS, read_labels, refuse_unknown_types
+from alpaca.corpora.problems import LOSSES, REMARKS, Problems
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
 from config_utils import run_script
@@ -49,9 +49,10 @@ CONFIG = {
     "dev_file": None,  # raw dev data; None: data/<data_name>/ori_data/dev.txt if there is one
     "dev_size": 0,  # sentences to move from the training to the dev data, at random; only where there is no dev file
     "format": "auto",  # format of the raw data: jsonl | bio | auto (seen from the first line)
+    "ends": "exclusive",  # what `end` counts in an entity_list: exclusive | inclusive (the entity's last character)
     "instruct": INSTRUCT,  # instruction of every example; {labels}: the types' names joined by 、, a typed \n: a newline
     "query_prefix": QUERY_PREFIX,  # what stands before the text in a query
-    "labels": DEFAULT_LABELS,  # TAG:NAME: a type's raw tag, its name in answers; no _ in NAME
+    "labels": DEFAULT_LABELS,  # TAG:NAME: a type's raw tag, its name in answers; no _ in NAME; TAG: without a name leaves the type out
     "keep_leaked": False,  # True: training sentences that the dev data holds too are kept | False: they are left out
     "seed": 42,  # random seed of the choice of dev_size sentences
     "audit_only": False,  # True: write nothing, only check data/<data_name>/instruct_data/ as the trainers do
@@ -127,15 +128,19 @@ def main(args):
     labels = read_labels(args.labels)
     if args.format not in ("auto", "jsonl", "bio"):
         raise UserError(f"--format: expected auto, jsonl or bio, got {args.format!r}")
-    names = list(dict.fromkeys(labels.values()))  # two tags may mean one type
+    if args.ends not in ("exclusive", "inclusive"):
+        raise UserError(f"--ends: expected exclusive or inclusive, got {args.ends!r}")
+    names = list(dict.fromkeys(filter(None, labels.values())))  # two tags may mean one type
     instruct = args.instruct.replace("\\n", "\n").replace("{labels}", "、".join(names))
     train_file, dev_file = find_files(args)
     rehearse_file = Path("data") / args.data_name / "ori_data" / "rehearse.txt"
     rehearsal, problems = read_rehearsal(rehearse_file), Problems()
-    train = convert(train_file, args.format, labels, instruct, args.query_prefix, problems)
+    task = Task(labels, instruct, args.query_prefix)
+    train = convert(train_file, args.format, task, problems, args.ends)
     if dev_file:
-        dev = convert(dev_file, args.format, labels, instruct, args.query_prefix, problems)
-    else:
+        dev = convert(dev_file, args.format, task, problems, args.ends)
+    refuse_unknown_types(labels, problems.unknown_types, problems.used_types)
+    if not dev_file:
         train, dev = split_off(train, args.dev_size, args.seed)
 
     dev_texts, train_texts = ({example["text"] for example in part} for part in (dev, train))
@@ -153,7 +158,9 @@ def main(args):
         print(f"别的任务：{rehearse_file} 的 {len(rehearsal)} 条也写进了 train.txt，占 {share:.1%}")
     action = "保留（--keep_leaked）" if args.keep_leaked else f"从训练数据去掉 {len(train) - len(kept)} 句"
     print(f"泄漏：验证数据中 {leaked} 句也在训练数据中，{action}")
-    print("丢弃：" + "，".join(f"{title} {problems[kind]}" for kind, title in PROBLEMS.items()))
+    print("丢弃：" + "，".join(f"{title} {problems[kind]}" for kind, title in LOSSES.items()))
+    if remarks := [f"{title} {problems[kind]}" for kind, title in REMARKS.items() if problems[kind]]:
+        print("另外：" + "，".join(remarks))
 
 
 if __name__ == "__main__":

@@ -5,30 +5,37 @@ import re
 from pathlib import Path
 
 from alpaca.common.errors import UserError
+from alpaca.common.file_kinds import other_encoding, refuse_other_kinds
+from alpaca.common.folders import hint_of_folders
 
 SURROGATE = re.compile("[\ud800-\udfff]")  # json reads it, but it is no character: no file or tokenizer takes it
 
 
 def read_lines(path, malformed=None):
-    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing or empty one.
+    """Yield (line number, text without line end) of a UTF-8 file; UserError for a missing, empty or other file.
 
-    An undecodable line is a UserError too, or, where there is a list `malformed`, is left out and appended to it.
+    A line ends with \\n or \\r\\n and nothing else. The byte order mark that a line begins with (of files that were
+    joined, too) is no part of it. An undecodable line is a UserError too, or, where there is a list `malformed`, is left
+    out and appended to it.
     """
     path = Path(path)
     if path.exists() and not path.is_file():  # most files are read twice
         raise UserError(f"{path}: is a {'folder' if path.is_dir() else 'pipe or device'}; name a file")
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    number = 0
+        raise UserError(f"{path}: no such file{hint_of_folders(path)}")
+    refuse_other_kinds(path)
+    number, decoded = 0, False  # whether a line before was UTF-8 and more than ASCII
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                line = raw.decode("utf-8").rstrip("\r\n").removeprefix("\ufeff")
             except UnicodeDecodeError as error:
-                keep_or_raise(
-                    f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); re-encode it", malformed
-                )
+                remedy = None if decoded else other_encoding(path)
+                remedy = remedy or "re-encode it"
+                message = f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start}); {remedy}"
+                keep_or_raise(message, malformed)
                 continue
+            decoded = decoded or not line.isascii()
             yield number, line
     if not number:
         raise UserError(f"{path}: the file is empty")
@@ -64,7 +71,9 @@ def read_jsonl(path, malformed=None):
 def parse_record(where, line):
     """One line -> its JSON object. `where`: file and line, for the UserError of anything else."""
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_without_repeats)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
@@ -75,3 +84,13 @@ def parse_record(where, line):
         if isinstance(value, str) and SURROGATE.search(value):
             raise UserError(f"{where}: half a character (a lone surrogate) in {value[:40]!r}; correct the text")
     return record
+
+
+def _without_repeats(pairs):
+    """json.loads keeps the last of two equal keys and says nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"the key {repeated[:40]!r} stands twice in one object; leave one out")
+    return found

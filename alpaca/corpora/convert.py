@@ -1,17 +1,32 @@
 """A corpus file -> examples of instruction data."""
 
+import re
+from typing import NamedTuple
+
 from tqdm import tqdm
 
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import read_lines
 from alpaca.corpora.json_lines import read_json_sentences
-from alpaca.corpora.tagged_columns import read_tagged_sentences, split_columns
+from alpaca.corpora.offsets import other_counts, refuse_misfits, stands_at
+from alpaca.corpora.tagged_columns import is_heading, read_tagged_sentences, split_columns
 from dataset import format_answer
+
+INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # zero-width blanks and marks, the soft hyphen
+
+
+class Task(NamedTuple):
+    """What sentences are turned into."""
+
+    labels: dict  # the corpus's tag -> the name of the type in answers, None: left out
+    instruct: str
+    query_prefix: str
 
 
 def detect_format(path):
-    """ "jsonl" or "bio", by the first line that is not empty."""
-    line = next((line for _, line in read_lines(path) if line.strip()), "")
+    """ "jsonl" or "bio", by the first line that is neither empty nor a heading."""
+    lines = (line for _, line in read_lines(path) if line.strip())
+    line = next((line for line in lines if not is_heading(line)), "")
     if split_columns(line):
         return "bio"
     if line.lstrip().startswith("{"):
@@ -21,41 +36,57 @@ def detect_format(path):
     )
 
 
-def example_of_sentence(sentence, path, labels, instruct, query_prefix, problems):
+def example_of_sentence(sentence, path, task, problems):
     """A Sentence -> an example of instruction data; entities that cannot be answered with are left out and reported."""
     text, entities = sentence.text, []
+    if found := INVISIBLE.search(text):
+        problems.add("invisible", path, sentence.line, f"{found.group()!r}，第 {found.start()} 个字符")
     for begin, end, tag, entity, line in sentence.marks:
-        if tag not in labels:
-            known = ",".join(f"{key}:{name}" for key, name in labels.items())
-            raise UserError(f"{path}:{line}: unknown entity type {tag!r}; name it: --labels={known},{tag}:名称")
-        if not 0 <= begin < end <= len(text) or text[begin:end] != entity:
-            problems.add(
-                "mismatch", path, line, f"{entity!r}，文本 [{begin}, {end}) 处是 {text[max(begin, 0) : end]!r}"
-            )
+        if tag not in task.labels:
+            problems.unknown_types.setdefault(tag, f"{path}:{line}")
+            continue
+        problems.used_types.add(tag)
+        if task.labels[tag] is None:
+            problems.add("left_out", path, line, f"{entity!r}，{tag}")
+        elif not stands_at(text, begin, end, entity):
+            place = f"{entity!r}，文本 [{begin}, {end}) 处是 {text[max(begin, 0) : end]!r}"
+            others = other_counts(text, begin, end, entity)
+            problems.add("mismatch", path, line, place + (f"；{others[0]} 就相符" if others else ""))
         elif "\n" in entity or "\r" in entity:
             problems.add("newline", path, line, repr(entity))
         else:
-            entities.append({"entity": entity, "type": labels[tag], "begin": begin, "end": end})
+            entities.append({"entity": entity, "type": task.labels[tag], "begin": begin, "end": end})
     entities.sort(key=lambda e: (e["begin"], -e["end"]))
     return {
-        "instruct": instruct,
-        "query": query_prefix + text,
+        "instruct": task.instruct,
+        "query": task.query_prefix + text,
         "answer": format_answer(entities),
         "text": text,
         "entities": [e for i, e in enumerate(entities) if e not in entities[:i]],
     }
 
 
-def convert(path, form, labels, instruct, query_prefix, problems):
-    """A corpus file -> list of examples, in the order of the file."""
+def convert(path, form, task, problems, ends="exclusive"):
+    """A corpus file -> list of examples, in the order of the file.
+
+    form: auto or a format; ends: whether the end of an entity in JSON lines is the character behind it (exclusive) or
+    its last one (inclusive).
+    """
     form = detect_format(path) if form == "auto" else form
-    sentences = read_json_sentences(path) if form == "jsonl" else read_tagged_sentences(path, problems)
-    examples = []
+    if ends == "inclusive" and form != "jsonl":
+        raise UserError(f"--ends=inclusive: only JSON lines with an entity_list can be read so, and {path} is {form}")
+    sentences = read_json_sentences(path, ends) if form == "jsonl" else read_tagged_sentences(path, problems)
+    examples, marks, misfits = [], 0, []
     for sentence in tqdm(sentences, desc=str(path), unit=" 句", delay=1, disable=None):
         if sentence.text.strip():
-            examples.append(example_of_sentence(sentence, path, labels, instruct, query_prefix, problems))
+            marks += len(sentence.marks)
+            misfits += [
+                (sentence.text, m) for m in sentence.marks if not stands_at(sentence.text, m.begin, m.end, m.entity)
+            ]
+            examples.append(example_of_sentence(sentence, path, task, problems))
         else:
             problems.add("empty", path, sentence.line, repr(sentence.text))
+    refuse_misfits(path, marks, misfits)
     if not examples:
         raise UserError(f"{path}: no sentence in it")
     return examples

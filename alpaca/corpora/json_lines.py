@@ -7,8 +7,9 @@ from alpaca.corpora.sentences import Mark, Sentence
 COLUMNS = ("instruct", "query", "answer")
 
 
-def read_json_sentences(path):
-    """Yield each Sentence of a JSON-lines corpus."""
+def read_json_sentences(path, ends="exclusive"):
+    """Yield each Sentence of a JSON-lines corpus. ends: inclusive where an entity_list's end is the last character."""
+    behind = int(ends == "inclusive")
     for number, record in read_jsonl(path):
         try:
             text = record["text"]
@@ -17,7 +18,9 @@ def read_json_sentences(path):
                 places = [(begin, end + 1) for (begin, end), _, _ in found]
                 names = [(tag, entity) for _, tag, entity in found]
             else:
-                places = [(e["entity_index"]["begin"], e["entity_index"]["end"]) for e in record["entity_list"]]
+                places = [
+                    (e["entity_index"]["begin"], e["entity_index"]["end"] + behind) for e in record["entity_list"]
+                ]
                 names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
         except KeyError as error:
             if record.keys() >= set(COLUMNS):

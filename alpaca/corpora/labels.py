@@ -7,18 +7,35 @@ DEFAULT_LABELS = ["PER:人名", "LOC:地名", "ORG:机构名"]  # the demo corpu
 
 
 def read_labels(labels):
-    """["PER:人名", …] -> {"PER": "人名", …}"""
+    """["PER:人名", "GPE:", …] -> {"PER": "人名", "GPE": None, …}; None: entities of that type are left out."""
     names = {}
     for label in labels:
-        tag, _, name = (part.strip() for part in label.partition(":"))
-        if not tag or not name:
+        label = label.replace("：", ":")  # as a Chinese keyboard types it
+        tag, colon, name = (part.strip() for part in label.partition(":"))
+        if not tag or not colon:
             raise UserError(f"--labels: expected TAG:name, got {label!r}; e.g. --labels=PER:人名,LOC:地名")
         if "_" in name:
             raise UserError(f"--labels: {name!r} contains _, which parts entity and type in an answer; rename it")
         if name == TOTAL:
             raise UserError(f"--labels: metrics.json calls all entity types together {name!r}; rename {label!r}")
-        if names.setdefault(tag, name) != name:
+        if names.setdefault(tag, name or None) != (name or None):
             raise UserError(f"--labels: {tag!r} is named twice, {names[tag]!r} and {name!r}; leave one out")
-    if not names:
+    if not any(names.values()):
         raise UserError("--labels: at least one TAG:name is needed, e.g. --labels=PER:人名")
     return names
+
+
+def refuse_unknown_types(labels, unknown, used):
+    """UserError that names every entity type without a name, with the option to copy.
+
+    labels: as read_labels gives them; unknown: {tag: where it stands first}; used: the tags of `labels` that occur.
+    """
+    if not unknown:
+        return
+    places = ", ".join(f"{tag!r} ({place})" for tag, place in unknown.items())
+    known = [f"{tag}:{name or ''}" for tag, name in labels.items() if tag in used]
+    option = ",".join([*known, *(f"{tag}:{tag.replace('_', '-')}" for tag in unknown)])
+    raise UserError(
+        f"unknown entity types, each with its first place: {places}; name them, or leave one out with an empty name "
+        f"as in {next(iter(unknown))}: --labels={option}"
+    )

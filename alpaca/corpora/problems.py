@@ -5,21 +5,36 @@ from collections import Counter
 
 from tqdm import tqdm
 
-SHOWN = 20  # problems of one kind that are printed one by one; the rest is only counted
-PROBLEMS = {
+SHOWN = 3  # problems of one kind that are printed one by one; the rest is only counted
+LOSSES = {
     "mismatch": "与文本不符的实体（已从答案去掉）",
     "newline": "含换行的实体（已从答案去掉）",
     "empty": "空句（已跳过）",
     "repaired": "不合规的标签（已按新实体的开头处理）",
 }
+REMARKS = {
+    "left_out": "不要的类型的实体（--labels=标签:）",
+    "heading": "注释和 -DOCSTART- 行（已跳过）",
+    "columns": "多于两列（第一列是字，最后一列是标签，其余不用）",
+    "invisible": "含零宽字符的句子（照原样保留）",
+}
 
 
 class Problems(Counter):
-    """Counts by kind (a key of PROBLEMS); the first few of each are printed with file and line."""
+    """Counts by kind (a key of LOSSES or REMARKS); the first few of each are printed with file and line.
+
+    unknown_types: {entity type without a name: where it stands first}, which process.py refuses when all is read.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.unknown_types = {}
+        self.used_types = set()
 
     def add(self, kind, path, number, detail):
         self[kind] += 1
+        title = (LOSSES | REMARKS)[kind]
         if self[kind] <= SHOWN:
-            tqdm.write(f"{path}:{number}: {PROBLEMS[kind]}：{detail}", file=sys.stderr)
+            tqdm.write(f"{path}:{number}: {title}：{detail}", file=sys.stderr)
         if self[kind] == SHOWN + 1:
-            tqdm.write(f"{path}: 更多{PROBLEMS[kind]}，只在最后计数", file=sys.stderr)
+            tqdm.write(f"{path}: 更多{title}，只在最后计数", file=sys.stderr)

@@ -1,4 +1,8 @@
-"""Two-column corpora: one token and its tag a line, an empty line after each sentence."""
+"""Corpora in columns: one token and its tag a line, an empty line after each sentence.
+
+The token is the first column and the tag the last; CoNLL files have others between (part of speech, chunk). Blanks and
+tabs part the columns, as many as there are. CoNLL-2003: https://www.clips.uantwerpen.be/conll2003/ner/
+"""
 
 import re
 from itertools import accumulate
@@ -8,7 +12,16 @@ from alpaca.common.errors import UserError
 from alpaca.common.text_files import read_lines
 from alpaca.corpora.sentences import Mark, Sentence
 
-TAG = re.compile(r"O|([BIMES])[-_](.+)")
+TAG = re.compile(r"O|([BIMESLU])[-_](.+)")  # BIO, BMES(O), BIOES, BILOU
+DOCUMENT = "-DOCSTART-"  # CoNLL's token where a document begins
+
+
+class Columns(NamedTuple):
+    """One line of a corpus in columns."""
+
+    token: str
+    tag: str
+    count: int  # of the columns
 
 
 class TagSpan(NamedTuple):
@@ -21,27 +34,57 @@ class TagSpan(NamedTuple):
 
 
 def split_columns(line):
-    """`字<tab or space>标签` -> (token, tag), None for any other line; a token that is lost was a blank."""
-    token, _, tag = line.rstrip().rpartition("\t" if "\t" in line else " ")
-    if len(token.split()) > 1 or not TAG.fullmatch(tag):
+    """A line -> Columns; None where its last column is no tag, or a token holds a blank and more.
+
+    Only blanks and tabs part columns: a full-width blank or a no-break space may be a token. Where nothing but blanks
+    stands before the tag, the first of them is the token; one that is lost was a blank.
+    """
+    line = line.rstrip()
+    fields = re.findall(r"[^ \t]+", line)
+    if not fields or not TAG.fullmatch(fields[-1]):
         return None
-    return token or " ", tag
+    if len(fields) == 1:
+        before = line[: -len(fields[0])]
+        return Columns(before[0] if len(before) > 1 else " ", fields[0], 2)
+    token = fields[0]
+    if any(field.strip() and field.split() != [field] for field in fields):  # another blank in or beside a column
+        return None
+    if "\t" in line and any(" " in column.strip(" ") for column in line.strip(" \t").split("\t")):
+        return None  # New York<tab>B-LOC: two words, or three columns?
+    return Columns(token, fields[-1], len(fields))
+
+
+def is_heading(line):
+    """Whether a line is CoNLL's mark of a new document or a comment rather than a token."""
+    return line.startswith(DOCUMENT) or (line.startswith("#") and not split_columns(line))
 
 
 def read_tagged_sentences(path, problems):
-    """Yield each Sentence of a two-column corpus."""
-    rows = []
+    """Yield each Sentence of a corpus in columns; UserError for a line with a tag missing or with more or fewer columns."""
+    rows, count = [], None
     for number, line in read_lines(path):
         columns = split_columns(line)
-        if columns:
-            rows.append((number, *columns))
-        elif line.strip():
+        if is_heading(line) or (line.startswith("#") and count and columns.count != count):
+            problems.add("heading", path, number, repr(line))
+            if not line.startswith(DOCUMENT):
+                continue
+        if line.startswith(DOCUMENT) or not line.strip():
+            if rows:
+                yield join_tokens(rows, path, problems)
+            rows = []
+            continue
+        if not columns:
             raise UserError(
                 f"{path}:{number}: expected 字<tab>标签, the tag O or B-, I-, M-, E- or S- and a type, got {line!r}"
             )
-        elif rows:
-            yield join_tokens(rows, path, problems)
-            rows = []
+        if count is None and columns.count > 2:
+            problems.add("columns", path, number, f"{columns.count} 列，{columns.token!r} 和 {columns.tag!r}")
+        count = count or columns.count
+        if columns.count != count:
+            raise UserError(
+                f"{path}:{number}: {columns.count} columns, but the lines before have {count}: {line!r}; correct the line"
+            )
+        rows.append((number, columns.token, columns.tag))
     if rows:
         yield join_tokens(rows, path, problems)
 
@@ -60,17 +103,17 @@ def join_tokens(rows, path, problems):
 
 
 def decode_tags(tags):
-    """BIO, BMES(O) or BIOES tags of a sentence -> list of TagSpan, in order."""
+    """BIO, BMES(O), BIOES or BILOU tags of a sentence -> list of TagSpan, in order."""
     spans, current = [], None
     for i, tag in enumerate(tags):
         prefix, kind = TAG.fullmatch(tag).groups()
         if prefix is None:
             current = None
             continue
-        continues = prefix in "IME" and current == kind
+        continues = prefix in "IMEL" and current == kind
         if continues:
             spans[-1] = spans[-1]._replace(end=i + 1)
         else:
-            spans.append(TagSpan(i, i + 1, kind, prefix in "IME"))
-        current = None if prefix in "ES" else kind
+            spans.append(TagSpan(i, i + 1, kind, prefix in "IMEL"))
+        current = None if prefix in "ESLU" else kind
     return spans

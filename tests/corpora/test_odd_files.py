@@ -1,0 +1,215 @@
+"""python -m pytest tests/corpora/test_odd_files.py: files as other tools write them, through process.py."""
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from config_utils import run_script
+from process import CONFIG, main
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DEV = '{"text": "在上海", "entity_list": [{"entity_index": {"begin": 1, "end": 3}, "entity_type": "LOC", "entity": "上海"}]}'
+
+
+@pytest.fixture
+def convert(tmp_path, monkeypatch):
+    """Run process.py on the bytes or text of train.txt -> its examples."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "t" / "ori_data"
+    folder.mkdir(parents=True)
+    (folder / "dev.txt").write_text(DEV, encoding="utf-8")
+
+    def run(train, *options):
+        train = train if isinstance(train, bytes) else train.encode("utf-8")
+        (folder / "train.txt").write_bytes(train)
+        run_script(main, CONFIG, str(ROOT / "process.py"), ["--data_name=t", *options])
+        lines = Path("data/t/instruct_data/train.txt").read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    return run
+
+
+def refused(convert, capsys, train, *options):
+    """The one line with which process.py refuses a file; nothing is written."""
+    with pytest.raises(SystemExit, match="2"):
+        convert(train, *options)
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert out == "" and len(errors) == 1 and not Path("data/t/instruct_data").exists()
+    return errors[0].removeprefix("error: ")
+
+
+COLUMNS = "梁{0}B-PER\n小{0}I-PER\n雨{0}I-PER\n来{0}O\n了{0}O\n"
+
+
+@pytest.mark.parametrize("between", ["  ", "\t\t", " \t", "\t ", " ", "\t", "   ", " NR ", "\t-X-\t_\t"])
+@pytest.mark.parametrize("end", ["", " ", "\t", "\r"])
+def test_any_run_of_blanks_and_tabs_parts_the_columns(convert, between, end):
+    (example,) = convert(COLUMNS.format(between).replace("\n", end + "\n"))
+    assert (example["text"], example["answer"]) == ("梁小雨来了", "梁小雨_人名")
+
+
+@pytest.mark.parametrize("blank", [" \tO", "  O", " O", "\tO", "　\tO", "　 O", "\u00a0\tO", "\u2028\tO"])
+def test_a_token_may_be_a_blank(convert, blank):
+    (example,) = convert(f"梁\tB-PER\n{blank}\n来\tO\n")
+    lost = " " if blank in (" O", "\tO") else blank[0]
+    assert (example["text"], example["answer"]) == (f"梁{lost}来", "梁_人名")
+
+
+def test_headings_comments_and_more_columns_are_counted(convert, capsys):
+    lines = ["-DOCSTART- -X- O", "", "# id = 1", "梁 NR B-PER", "来 VV O", "", "# NR O", "-DOCSTART- -X- O", "雪 NN O"]
+    examples = convert("\n".join(lines))
+    assert [example["text"] for example in examples] == ["梁来", "#", "雪"]
+    out, err = capsys.readouterr()
+    assert "另外：注释和 -DOCSTART- 行（已跳过） 3，多于两列（第一列是字，最后一列是标签，其余不用） 1" in out
+    assert "train.txt:4: 多于两列（第一列是字，最后一列是标签，其余不用）：3 列，'梁' 和 'B-PER'" in err
+
+
+@pytest.mark.parametrize(
+    "line, part",
+    [
+        ("京 NR B-LOC", ":2: 3 columns, but the lines before have 2"),
+        ("New York\tB-LOC", ":2: expected 字<tab>标签"),
+        ("京\u00a0B-LOC", ":2: expected"),
+        ("京　B-LOC", ":2: expected"),
+        ("京　\tB-LOC", ":2: expected"),
+        ("京\u2028北\tB-LOC", ":2: expected"),
+        ("京\tO\r北\tO", ":2: expected"),
+        ("京", ":2: expected"),
+        ("京\tB-LOC\t1", ":2: expected"),
+    ],
+)
+def test_what_cannot_be_read_as_columns_is_refused_with_its_line(convert, capsys, line, part):
+    assert f"train.txt{part}" in refused(convert, capsys, f"在\tO\n{line}\n")
+
+
+def test_bilou(convert):
+    (example,) = convert("梁\tB-PER\n小\tI-PER\n雨\tL-PER\n秦\tU-PER\n洛\tB-LOC\n阳\tL-LOC\n")
+    assert example["answer"] == "梁小雨_人名\n秦_人名\n洛阳_地名"
+
+
+def test_byte_order_marks_of_joined_files(convert):
+    examples = convert("\ufeff梁\tB-PER\n\n\ufeff雪\tO\n")
+    assert [example["text"] for example in examples] == ["梁", "雪"]
+    (example,) = convert("\ufeff\n\ufeff" + DEV.replace("在", "去"))
+    assert example["text"] == "去上海"
+
+
+def test_invisible_characters_stay_and_are_counted(convert, capsys):
+    (example,) = convert("梁\tB-PER\n\u200b雨\tI-PER\n来\tO\n")
+    assert (example["text"], example["answer"]) == ("梁\u200b雨来", "梁\u200b雨_人名")
+    out, err = capsys.readouterr()
+    assert "另外：含零宽字符的句子（照原样保留） 1" in out and "train.txt:1: 含零宽字符" in err
+
+
+def packed(name):
+    """The bytes of a zip archive that holds one file of that name."""
+    with zipfile.ZipFile("made.zip", "w") as archive:
+        archive.writestr(name, DEV)
+    return Path("made.zip").read_bytes()
+
+
+TEXT = DEV + "\n" + DEV.replace("在", "的人去了")
+
+
+@pytest.mark.parametrize(
+    "make, parts",
+    [
+        (lambda: packed("xl/sharedStrings.xml"), ["is an Excel workbook", "CSV or text, in UTF-8"]),
+        (lambda: packed("word/document.xml"), ["is a Word document"]),
+        (lambda: packed("content.xml"), ["is an OpenDocument file"]),
+        (lambda: packed("train.txt"), ["is a zip archive; unpack it"]),
+        (lambda: b"PK\x03\x04half", ["is a broken zip archive"]),
+        (lambda: gzip.compress(TEXT.encode()), ["is a gzip file", "gunzip -k data/t/ori_data/train.txt"]),
+        (lambda: b"%PDF-1.7\n", ["is a PDF"]),
+        (lambda: b"PAR1\x15\x04", ["is a parquet file", "to_json"]),
+        (lambda: b"\x80\x04\x95\x0b\x00\x00", ["is a pickle"]),
+        (lambda: b"SQLite format 3\x00\x10", ["is an SQLite database"]),
+        (lambda: bytes(2000), ["is no text", "NUL"]),
+        (lambda: b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>404", ["is an HTML page", "download"]),
+        (lambda: b"version https://git-lfs.github.com/spec/v1\noid", ["Git LFS pointer", "git lfs pull"]),
+        (lambda: TEXT.encode("utf-16"), ["is UTF-16 text", "iconv -f UTF-16 -t UTF-8"]),
+        (lambda: b"\xfe\xff" + TEXT.encode("utf-16-be"), ["is UTF-16 text"]),
+        (lambda: TEXT.encode("utf-16-le"), ["is UTF-16LE text", "iconv -f UTF-16LE"]),
+        (lambda: TEXT.encode("utf-16-be"), ["is UTF-16BE text"]),
+        (lambda: TEXT.encode("utf-32"), ["is UTF-32 text"]),
+        (lambda: TEXT.encode("gb18030"), ["train.txt:1: not UTF-8", "GB18030 (GBK) text", "iconv -f GB18030 -t UTF-8"]),
+        (lambda: TEXT.replace("人", "國").encode("big5"), ["train.txt:1: not UTF-8", "iconv -f BIG5-HKSCS -t UTF-8"]),
+        (lambda: f"{TEXT}\n".encode() + TEXT.encode("gb18030"), ["train.txt:3: not UTF-8", "; re-encode it"]),
+    ],
+)
+def test_the_first_bytes_say_what_a_file_is(convert, capsys, make, parts):
+    error = refused(convert, capsys, make())
+    assert "data/t/ori_data/train.txt:" in error and all(part in error for part in parts), error
+
+
+def spans(text, *places):
+    """A JSON line; a place is (begin, end, entity)."""
+    found = [
+        {"entity_index": {"begin": begin, "end": end}, "entity_type": "PER", "entity": entity}
+        for begin, end, entity in places
+    ]
+    return json.dumps({"text": text, "entity_list": found}, ensure_ascii=False)
+
+
+def test_ends_that_are_the_last_character(convert, capsys):
+    lines = [spans("梁小雨和秦若兰来了", (0, 2, "梁小雨"), (4, 6, "秦若兰"))] * 3
+    error = refused(convert, capsys, "\n".join(lines))
+    assert "train.txt:1: '梁小雨' is not at [0, 2)" in error and "6 of the 6 entities" in error
+    assert "6 of them fit with end + 1" in error and "--ends=inclusive" in error
+    examples = convert("\n".join(lines), "--ends=inclusive", "--dev_file=" + inclusive_dev())
+    assert [example["answer"] for example in examples] == ["梁小雨_人名\n秦若兰_人名"] * 3
+
+
+def inclusive_dev():
+    Path("dev.txt").write_text(spans("高志远", (0, 2, "高志远")), encoding="utf-8")
+    return "dev.txt"
+
+
+@pytest.mark.parametrize(
+    "text, begin, end, cause",
+    [
+        ("去梁雨家", 2, 4, "both - 1: they count from 1"),
+        ("去梁雨家", 2, 3, "begin - 1: they count from 1"),
+        ("去梁雨家", 3, 9, "UTF-8 bytes: they count bytes"),
+        ("😀😀梁雨家", 4, 6, "UTF-16 units: they count an emoji as two"),
+        ("在\n\n梁雨家", 5, 7, "CRLF: they count a line end as two"),
+        ("去梁雨家", 0, 2, "are the offsets those of another version of the text?"),
+    ],
+)
+def test_other_ways_to_count_are_named(convert, capsys, text, begin, end, cause):
+    assert cause in refused(convert, capsys, "\n".join([spans(text, (begin, end, "梁雨"))] * 5))
+
+
+def test_a_few_misfits_are_counted_and_three_shown(convert, capsys):
+    lines = [spans("梁小雨和秦若兰来了", (0, 2, "梁小雨"), (4, 7, "秦若兰"), (0, 3, "梁小雨"))] * 4
+    examples = convert("\n".join(lines))
+    assert [example["answer"] for example in examples] == ["梁小雨_人名\n秦若兰_人名"] * 4
+    out, err = capsys.readouterr()
+    assert err.count("end + 1 就相符") == 3 and "与文本不符的实体（已从答案去掉） 4" in out
+
+
+TYPES = "梁\tB-PERSON\n在\tO\n洛\tB-GPE\n周\tB-DATE\n十\tB-WORK_OF_ART\n沪\tB-LOC\n"
+
+
+def test_all_unknown_types_at_once_ready_to_copy(convert, capsys):
+    error = refused(convert, capsys, TYPES)
+    path = "data/t/ori_data/train.txt"
+    assert all(f"'{tag}' ({path}:{n})" in error for tag, n in (("PERSON", 1), ("GPE", 3), ("DATE", 4))), error
+    option = error.split()[-1]
+    assert option == "--labels=LOC:地名,PERSON:PERSON,GPE:GPE,DATE:DATE,WORK_OF_ART:WORK-OF-ART"
+    (example,) = convert(TYPES, option)
+    assert example["answer"] == "梁_PERSON\n洛_GPE\n周_DATE\n十_WORK-OF-ART\n沪_地名"
+
+
+def test_types_may_be_left_out(convert, capsys):
+    (example,) = convert(TYPES, "--labels=PERSON：人名,LOC:地名,GPE:,DATE:,WORK_OF_ART:", "--instruct={labels}")
+    assert (example["answer"], example["instruct"]) == ("梁_人名\n沪_地名", "人名、地名")
+    out, err = capsys.readouterr()
+    assert (
+        "不要的类型的实体（--labels=标签:） 3" in out
+        and "train.txt:3: 不要的类型的实体（--labels=标签:）：'洛'，GPE" in err
+    )
