@@ -20,6 +20,8 @@ PROMPT = (
 PROMPT_SHA256 = hashlib.sha256(PROMPT.encode("utf-8")).hexdigest()
 QUERY_PREFIX = "文本："
 NO_ENTITY = "没有"
+# What predictions.jsonl says itself; a key of an input that has one of these names is not kept.
+ROW_KEYS = ("text", "answer", "prediction", "entities", "gold", "log_probability", "problems", "confidence")
 REHEARSAL = "rehearsal"  # the `task` of rows of instruct data that belong to another task
 INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
@@ -52,7 +54,7 @@ def read_examples(path, instruct_column="instruct", query_column="query", respon
     for number, record in read_jsonl(path, malformed):
         try:
             example = _three_columns(f"{path}:{number}", record, columns)
-            example |= optional_columns(path, number, record, example["query"])
+            example |= optional_columns(f"{path}:{number}", record, example["query"])
         except UserError as error:
             keep_or_raise(str(error), malformed)
         else:
@@ -75,25 +77,25 @@ def _three_columns(where, record, columns):
     return {key: record[column] for key, column in columns.items()}
 
 
-def optional_columns(path, number, record, query):
-    """A record's text (else the query without its prefix) and entities (else None), checked."""
+def optional_columns(where, record, query):
+    """A record's text (else the query without its prefix) and entities (else None), checked. where: file and line."""
     text, entities = record.get("text"), record.get("entities")
     if not isinstance(text, str | None):
-        raise UserError(f"{path}:{number}: `text` must be a string, got {text!r}")
+        raise UserError(f"{where}: `text` must be a string, got {text!r}")
     if not isinstance(entities, list | None):
-        raise UserError(f"{path}:{number}: `entities` must be a list, got {entities!r}")
+        raise UserError(f"{where}: `entities` must be a list, got {entities!r}")
     text = query.removeprefix(QUERY_PREFIX) if text is None else text
     kinds = {"entity": str, "type": str, "begin": int, "end": int}
     for entity in entities or []:
         if not isinstance(entity, dict) or any(not isinstance(entity.get(k), kind) for k, kind in kinds.items()):
             raise UserError(
-                f"{path}:{number}: `entities` must be objects with entity, type, begin, end (two strings, two "
+                f"{where}: `entities` must be objects with entity, type, begin, end (two strings, two "
                 f"integers); got {entity!r}"
             )
         begin, end = entity["begin"], entity["end"]
         if not 0 <= begin < end <= len(text) or text[begin:end] != entity["entity"]:
             raise UserError(
-                f"{path}:{number}: the entity {entity['entity']!r} is not at [{begin}, {end}) of the text, where "
+                f"{where}: the entity {entity['entity']!r} is not at [{begin}, {end}) of the text, where "
                 f"{text[max(begin, 0) : end]!r} is; begin and end count characters from 0, end exclusive"
             )
     return {"text": text, "entities": entities}
@@ -111,7 +113,11 @@ def without_rehearsal(examples):
 
 
 def example_of_input(record, instruct, query_prefix):
-    """A record of corpora/inputs.py's read_texts in the shape of read_examples. query_prefix: what stands before the text in training."""
+    """A record of corpora/inputs.py's read_texts in the shape of read_examples, with two keys more: `asks` and `own`.
+
+    query_prefix: what stands before the text in training. asks: False for a blank row, which is not put to the model.
+    own: what the record holds besides, which stands in its row of predictions.jsonl, too.
+    """
     query, text = record.get("query"), record["text"]
     return {
         "instruct": record.get("instruct") or instruct,
@@ -119,6 +125,8 @@ def example_of_input(record, instruct, query_prefix):
         "answer": record.get("answer"),
         "text": text.removeprefix(query_prefix) if text == query else text,
         "entities": record.get("entities"),
+        "asks": any((record.get(key) or "").strip() for key in ("query", "text", "instruct")),
+        "own": {key: value for key, value in record.items() if key not in ROW_KEYS},
     }
 
 

@@ -5,9 +5,10 @@
     python predict.py --input_path=texts.txt --output_path=entities.jsonl
     python predict.py --input_path=texts.txt --output_path=entities.jsonl --resume      # after an interruption
 
-Reads plain text, one a line, or JSON lines with `text` (or `query` and `instruct`) and perhaps `answer`; without either
-option, three sentences of our own. Prints the answers, or writes them to --output_path as JSON lines with offsets, in
-the order of the texts, as they come. A text that is too long for the model is cut at sentence ends.
+Reads plain text, one a line, or JSON lines, a JSON array, CSV or an Excel sheet with `text` (or `query` and `instruct`)
+and perhaps `answer`; without either option, three sentences of our own. Prints the answers, or writes them to
+--output_path as JSON lines with offsets, as they come: a row for each row of the input, in its order, with its other keys
+(`id`, …); that of a blank line has an empty answer. A text that is too long for the model is cut at sentence ends.
 """
 
 from alpaca.common.start import start
@@ -28,7 +29,7 @@ from alpaca.corpora.inputs import read_texts
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
 from config_utils import run_script
-from dataset import example_of_input, task_of
+from dataset import ROW_KEYS, example_of_input, task_of
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under checkpoint/
@@ -36,7 +37,7 @@ CONFIG = {
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
     "text": None,  # one text to predict; with neither text nor input_path: three sentences of our own
-    "input_path": None,  # file of texts to predict: one a line, or one JSON object a line with text or query
+    "input_path": None,  # file of texts to predict: plain lines, JSON lines, a JSON array, CSV or .xlsx with a text column
     "output_path": None,  # file to write the results to, as JSON lines; None: print them
     "resume": False,  # True: continue after the rows that output_path already holds
     "batch_size": 64,  # most texts answered at once; fewer where memory is short
@@ -95,6 +96,10 @@ def main(args):
     if len(facts.get("instructs", [])) > 1 and any(not record.get("instruct") for record in records):
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
     examples = [example_of_input(record, instruct, query_prefix) for record in records]
+    if blank := sum(not example["asks"] for example in examples):
+        say(f"{blank} 行是空的，不提问，结果里各占一行")
+    if taken := sorted({key for r in records for key in ROW_KEYS[2:] if r.get(key) is not None}):
+        say(f"输入的 {'、'.join(taken)} 与结果的键同名，不写进结果")
     output = open_output(args.output_path) if args.output_path else None
     done = rows_written(args.output_path, [e["text"] for e in examples]) if args.resume else 0
     model, tokenizer = load_for_inference(

@@ -212,9 +212,10 @@ def test_predict_text_and_files(workspace, adapter, tmp_path):
         "predict.py", lora, f"--input_path={texts}", f"--output_path={tmp_path}/o", *SHORT, cwd=workspace
     )
     rows = read_rows(tmp_path / "o")
-    assert [row["text"][:3] for row in rows] == ["王明在", "长长长", "李华说"]
-    assert all(row["prediction"] is not None for row in rows) and rows[1]["text"] == "长" * 3000
-    assert "第 2 条没有句末可切，在句子里面切开，位置 " in result.stderr
+    assert [row["text"][:3] for row in rows] == ["王明在", "", "长长长", "李华说"]
+    assert all(row["prediction"] is not None for row in rows) and rows[2]["text"] == "长" * 3000
+    assert "1 行是空的，不提问，结果里各占一行" in result.stderr
+    assert "第 3 条没有句末可切，在句子里面切开，位置 " in result.stderr
     assert all(row["answer"] is None and "gold" not in row for row in rows)
     records = [{"text": "王明在北京", "answer": "王明_人名"}, {"instruct": "说", "query": "文本：你好"}]
     texts.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")

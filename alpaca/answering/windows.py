@@ -9,7 +9,7 @@ from dataset import NO_ENTITY, build_prompt, encode_prompts, gold_entities, task
 class CutExample(NamedTuple):
     """An example as it is answered."""
 
-    parts: list  # an example for each window; the example itself where its text is one window
+    parts: list  # an example for each window; the example itself where its text is one window; none where it is blank
     windows: list  # of Window, in its text
     inside: list  # those of the windows' ends that are inside a sentence, in characters
 
@@ -50,11 +50,15 @@ def cut_examples(examples, model, tokenizer, train_args, facts):
     made longer. Of another task than NER nothing is cut: the answers to the halves of a question are no answer to it.
     """
     labels, _, _ = task_of(facts)
-    if labels is None:
-        return [_whole(example) for example in examples]
     positions = model.config.max_position_embeddings
     room = min(train_args.max_seq_length, positions) if train_args else positions
-    return [_cut_example(example, tokenizer, room, facts.get("text_tokens")) for example in examples]
+
+    def cut(example):
+        if not example.get("asks", True):
+            return CutExample([], [], [])
+        return _whole(example) if labels is None else _cut_example(example, tokenizer, room, facts.get("text_tokens"))
+
+    return [cut(example) for example in examples]
 
 
 def _cut_example(example, tokenizer, room, usual):
@@ -80,15 +84,19 @@ def _whole(example):
 
 
 def rows_of_texts(examples, cuts, rows):
-    """Yield each example's row of predictions.jsonl, with what is right for it, where known.
+    """Yield each example's row of predictions.jsonl behind its own keys, with what is right for it, where known.
 
     cuts: the CutExample of each. rows: an iterator over the rows of all their parts, in order.
     """
     for example, cut in zip(examples, cuts, strict=True):
+        own = example.get("own", {})
+        if not cut.windows:
+            yield {**own, "text": example["text"], "answer": example["answer"], "prediction": "", "entities": []}
+            continue
         if len(cut.windows) == 1:
-            yield next(rows)
+            yield {**own, **next(rows)}
             continue
         row = join_rows(example["text"], cut.windows, [next(rows) for _ in cut.windows])
         if example["answer"] is not None:
             row |= {"answer": example["answer"], "gold": gold_entities(example)}
-        yield row
+        yield {**own, **row}

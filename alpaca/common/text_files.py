@@ -70,20 +70,28 @@ def read_jsonl(path, malformed=None):
 
 def parse_record(where, line):
     """One line -> its JSON object. `where`: file and line, for the UserError of anything else."""
+    record = parse_json(where, line, "; one object a line")
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; one object a line")
+    return record
+
+
+def parse_json(where, text, remedy="; correct it"):
+    """JSON text -> its value. UserError for what is not JSON, for half a character, for a key that stands twice."""
     try:
-        record = json.loads(line, object_pairs_hook=_without_repeats)
+        value = json.loads(text, object_pairs_hook=_without_repeats)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line") from None
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno}){remedy}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets a thousand deep
         raise UserError(f"{where}: not JSON that can be read ({error}); correct the line") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected a JSON object, got {type(record).__name__}; one object a line")
-    for value in record.values():
-        if isinstance(value, str) and SURROGATE.search(value):
-            raise UserError(f"{where}: half a character (a lone surrogate) in {value[:40]!r}; correct the text")
-    return record
+    for item in value if isinstance(value, list) else [value]:
+        for part in item.values() if isinstance(item, dict) else [item]:
+            if isinstance(part, str) and SURROGATE.search(part):
+                raise UserError(f"{where}: half a character (a lone surrogate) in {part[:40]!r}; correct the text")
+    return value
 
 
 def _without_repeats(pairs):

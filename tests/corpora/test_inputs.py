@@ -1,0 +1,150 @@
+"""python -m pytest tests/corpora/test_inputs.py: the files of texts that predict.py is given."""
+
+import json
+import zipfile
+
+import pytest
+
+from alpaca.answering.windows import cut_examples, rows_of_texts
+from alpaca.common.errors import UserError
+from alpaca.corpora.inputs import read_texts
+from dataset import example_of_input
+
+ROWS = [{"id": 7, "text": "周五上午，程立群到了苏州。"}, {"id": 8, "text": "天气渐渐凉了。"}]
+
+
+def read(path, content):
+    path.write_text(content, encoding="utf-8", newline="")
+    return [{key: value for key, value in record.items() if value is not None} for record in read_texts(path)]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("mark", ["", "\ufeff", "\n "])
+def test_a_json_array(tmp_path, indent, mark):
+    rows = read(tmp_path / "texts.json", mark + json.dumps(ROWS, ensure_ascii=False, indent=indent))
+    assert rows == ROWS
+    texts = [row["text"] for row in ROWS]
+    assert read(tmp_path / "texts.json", json.dumps(texts, ensure_ascii=False, indent=indent)) == [
+        {"text": text} for text in texts
+    ]
+
+
+def test_plain_lines_keep_their_places(tmp_path):
+    lines = ["[1] 程立群到了苏州。", "", "{ 是括号", "   ", "text，逗号", "[图]晴"]
+    assert read(tmp_path / "a.txt", "\r\n".join(lines)) == [{"text": line} for line in lines]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t", ";"])
+@pytest.mark.parametrize("name", ["texts.csv", "texts.txt"])
+def test_csv(tmp_path, name, delimiter):
+    lines = ["\ufeffid,text,note", '7,"程立群到了苏州,""走""了\n又回来。",a', "8,,b", "", "9,天,"]
+    rows = read(tmp_path / name, "\r\n".join(lines).replace(",", delimiter))
+    assert rows == [
+        {"id": "7", "text": f'程立群到了苏州{delimiter}"走"了\n又回来。', "note": "a"},
+        {"id": "8", "text": "", "note": "b"},
+        {"id": "9", "text": "天", "note": ""},
+    ]
+
+
+def test_csv_of_one_column(tmp_path):
+    assert read(tmp_path / "texts.csv", 'text\n"甲，乙"\n丙\n') == [{"text": "甲，乙"}, {"text": "丙"}]
+
+
+MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+
+
+def write_workbook(path, *sheets, strings=""):
+    """A workbook; a sheet is the XML of its rows."""
+    names = "".join(f'<sheet name="表{i}" sheetId="{i}" r:id="rId{i}"/>' for i in range(len(sheets)))
+    ids = "".join(f'<Relationship Id="rId{i}" Target="worksheets/s{i}.xml"/>' for i in range(len(sheets)))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(
+            "xl/workbook.xml", f'<workbook xmlns="{MAIN}" xmlns:r="{OFFICE}"><sheets>{names}</sheets></workbook>'
+        )
+        archive.writestr("xl/_rels/workbook.xml.rels", f"<Relationships>{ids}</Relationships>")
+        archive.writestr("xl/sharedStrings.xml", f'<sst xmlns="{MAIN}">{strings}</sst>')
+        for i, rows in enumerate(sheets):
+            archive.writestr(
+                f"xl/worksheets/s{i}.xml", f'<worksheet xmlns="{MAIN}"><sheetData>{rows}</sheetData></worksheet>'
+            )
+    return path
+
+
+def test_excel(tmp_path):
+    """The first sheet with a column `text`; rich text, a phonetic guide, numbers, gaps, an escaped carriage return."""
+    strings = (
+        "<si><t>id</t></si><si><t>text</t></si>"
+        '<si><r><t>程立群</t></r><r><t>到了苏州。</t></r><rPh sb="0" eb="1"><t>cheng</t></rPh></si>'
+    )
+    rows = (
+        '<row r="1"><c r="A1" t="s"><v>0</v></c><c r="C1" t="s"><v>1</v></c></row>'
+        '<row r="2"><c r="A2"><v>7</v></c><c r="B2"><v>5</v></c><c r="C2" t="s"><v>2</v></c></row>'
+        '<row r="4"><c r="A4"><v>1.5</v></c><c r="C4"/></row>'
+        '<row r="5"><c r="C5" t="inlineStr"><is><t>天_x000D_\nA</t></is></c></row>'
+        '<row r="6"><c r="C6"><v>110</v></c></row>'
+    )
+    path = write_workbook(tmp_path / "a.xlsx", "", rows, strings=strings)
+    found = [{key: value for key, value in record.items() if value is not None} for record in read_texts(path)]
+    assert found == [
+        {"id": 7, "text": "程立群到了苏州。"},
+        {"id": 1.5, "text": ""},
+        {"text": "天\nA"},
+        {"text": "110"},
+    ]
+    with pytest.raises(UserError, match="a.xlsx: no sheet has a column 'text' or .*表0: empty; 表1: empty"):
+        read_texts(write_workbook(tmp_path / "a.xlsx", "", ""))
+    write_workbook(tmp_path / "a.xlsx", "<row>")
+    with pytest.raises(UserError, match="a.xlsx: not a workbook that can be read"):
+        read_texts(tmp_path / "a.xlsx")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", '天气。\n{"text": "程"}\n', "a.txt:2: a JSON object among lines of plain text"),
+        ("a.txt", '{"text": "程"}\n天气。\n', "a.txt:2: not valid JSON"),
+        ("a.json", '[\n{"text": }\n]', "a.json: not valid JSON .*line 2, column 10"),
+        ("a.json", '[{"text": "程"}, 3]', "a.json, item 2: expected an object or a text, got int"),
+        ("a.json", '[{"txt": "程"}]', "a.json, item 1: needs a `text`.*; there are txt"),
+        ("a.json", '[{"text": 3}]', "a.json, item 1: `text` must be a string, got 3"),
+        ("a.json", "[]", "a.json: the file holds only blank lines"),
+        ("a.json", '{\n "data": []\n}', "a.json: an object over several lines; give one object a line, or a list"),
+        ("a.jsonl", '{"id": 1}', "a.jsonl:1: needs a `text`"),
+        ("a.csv", "id,句子\n7,天\n", "a.csv: no column text, query, instruct in the header 'id,句子'"),
+        ("a.csv", "id,text\n7,天,地\n", "a.csv:2: 3 columns, but the header has 2; put a text that holds ','"),
+        ("a.csv", 'id,text\n7,"天"地\n', "a.csv:2: not CSV"),
+        ("a.csv", "text,text\n7,天\n", "a.csv: two columns are named 'text'"),
+        ("a.txt", "天\r地\r", "a.txt:1: a carriage return in the line"),
+        ("a.txt", "<!doctype html>", "a.txt: is an HTML page"),
+    ],
+)
+def test_what_is_no_file_of_texts_is_refused(tmp_path, name, content, message):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path / name, content)
+
+
+def test_a_row_for_each_row_with_its_own_keys(tmp_path):
+    """Blank rows too, which no model is asked; what the input calls as a result is called gives way."""
+    lines = [
+        '{"id": "a-7", "text": "程立群"}',
+        '{"id": "a-8", "text": ""}',
+        '{"n": 3, "text": "天", "prediction": "x"}',
+    ]
+    (tmp_path / "ids.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    examples = [example_of_input(record, "找", "文本：") for record in read_texts(tmp_path / "ids.jsonl")]
+    cuts = cut_examples(examples, Model, None, None, {"labels": [], "instructs": ["找"]})
+    parts = [part for cut in cuts for part in cut.parts]
+    assert [part["query"] for part in parts] == ["文本：程立群", "文本：天"]
+    answers = [{"text": part["text"], "answer": None, "prediction": "没有", "entities": []} for part in parts]
+    rows = list(rows_of_texts(examples, cuts, iter(answers)))
+    assert rows == [
+        {"id": "a-7", "text": "程立群", "answer": None, "prediction": "没有", "entities": []},
+        {"id": "a-8", "text": "", "answer": None, "prediction": "", "entities": []},
+        {"n": 3, "text": "天", "answer": None, "prediction": "没有", "entities": []},
+    ]
+
+
+class Model:
+    class config:
+        max_position_embeddings = 512
