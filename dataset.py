@@ -183,19 +183,42 @@ def parse_answer(answer, text=None, labels=None):
     return ParsedAnswer(pairs, malformed, unknown, absent, repeated)
 
 
-def locate(text, pairs):
+def locate(text, pairs, nested=False):
     """Where entities stand: [(entity, type)] -> [{"entity", "type", "spans": [[begin, end], …]}], end exclusive.
 
-    The answer format has no offsets, so spans are every occurrence that does not lie inside an occurrence of a longer
-    entity of the same answer: 北京 in 北京大学 is no place when 北京大学 is named too.
+    The answer format has no offsets, so spans are every occurrence. Unless the corpus nests, those that lie inside an
+    occurrence of a longer entity of the same answer are left out: 北京 in 北京大学 is no place when 北京大学 is named too.
     """
-    found = {entity: _occurrences(text, entity) for entity, _ in pairs}
-    located = []
-    for entity, kind in pairs:
-        longer = [span for other, spans in found.items() if len(other) > len(entity) for span in spans]
-        spans = [[b, e] for b, e in found[entity] if not any(lb <= b and e <= le for lb, le in longer)]
-        located.append({"entity": entity, "type": kind, "spans": spans})
-    return located
+    inside = {} if nested else _inside_longer(text, {entity for entity, _ in pairs})
+    return [
+        {"entity": e, "type": kind, "spans": [span for span in _occurrences(text, e) if span not in inside.get(e, ())]}
+        for e, kind in pairs
+    ]
+
+
+def _inside_longer(text, names):
+    """{entity: those of its occurrences in the text that lie inside an occurrence of a longer one of `names`}."""
+    found = {name: _occurrences(text, name) for name in names}
+    inside = {}
+    for name, spans in found.items():
+        longer = [span for other, places in found.items() if len(other) > len(name) for span in places]
+        inside[name] = [[b, e] for b, e in spans if any(first <= b and e <= last for first, last in longer)]
+    return inside
+
+
+def nests(examples):
+    """Whether the corpus marks entities inside longer ones (so that `locate` is to find them there, too).
+
+    Of the places where an entity of a sentence lies inside a longer one of it, most are marked. A few may be mistakes.
+    """
+    places = marked = 0
+    for example in examples:
+        entities = example.get("entities") or []
+        spans = {(e["begin"], e["end"]) for e in entities}
+        for inside in _inside_longer(example["text"], {e["entity"] for e in entities}).values() if entities else ():
+            places += len(inside)
+            marked += sum((begin, end) in spans for begin, end in inside)
+    return 2 * marked > places
 
 
 def _occurrences(text, entity):
@@ -206,10 +229,10 @@ def _occurrences(text, entity):
     return spans
 
 
-def gold_entities(example):
+def gold_entities(example, nested=False):
     """What is right for an example, in the shape of `locate`: exact offsets where known, else located by the answer."""
     if example["entities"] is None:
-        return locate(example["text"], parse_answer(example["answer"]).entities)
+        return locate(example["text"], parse_answer(example["answer"]).entities, nested)
     spans = {}
     for e in example["entities"]:
         spans.setdefault((e["entity"], e["type"]), []).append([e["begin"], e["end"]])

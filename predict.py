@@ -109,7 +109,9 @@ def main(args):
     waiting = progress(examples[done:], desc="切分", unit="条")
     cuts = cut_examples(waiting, model, tokenizer, train_args, facts)
     parts = [part for cut in cuts for part in cut.parts]
-    rows = predict_rows(model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar)
+    rows = predict_rows(
+        model, tokenizer, parts, labels, args.max_new_tokens, args.batch_size, grammar, facts.get("nested", False)
+    )
 
     if output and not args.resume:
         output.truncate(0)

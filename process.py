@@ -41,7 +41,7 @@ from alpaca.corpora.problems import LOSSES, REMARKS, Problems
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
 from config_utils import run_script
-from dataset import INSTRUCT, QUERY_PREFIX, REHEARSAL
+from dataset import INSTRUCT, QUERY_PREFIX, REHEARSAL, nests
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under data/
@@ -116,7 +116,8 @@ def summary(path, examples, names):
     kinds = Counter(e["type"] for example in examples for e in example["entities"])
     empty = sum(not example["entities"] for example in examples)
     counts = "，".join(f"{name} {kinds[name]}" for name in names)
-    return f"{path}：句子 {len(examples)}，无实体句 {empty}，实体 {kinds.total()}（{counts}）"
+    nested = "；有嵌套的实体，预测和测试时长实体里面的位置也算" if nests(examples) else ""
+    return f"{path}：句子 {len(examples)}，无实体句 {empty}，实体 {kinds.total()}（{counts}）{nested}"
 
 
 def main(args):

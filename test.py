@@ -27,7 +27,7 @@ from alpaca.models.base import check_generation, load_for_inference
 from alpaca.scoring.metrics import exact, percents, score, score_table
 from alpaca.scoring.report import write_report
 from config_utils import run_script
-from dataset import is_ner, labels_of, locate, parse_answer, read_examples, without_rehearsal
+from dataset import is_ner, labels_of, locate, nests, parse_answer, read_examples, without_rehearsal
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under data/ and under checkpoint/
@@ -77,7 +77,8 @@ def main(args):
     )
     grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
 
-    rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar))
+    nested = facts.get("nested", nests(examples))
+    rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar, nested))
     metrics = score(rows, labels) if args.metric == "ner" else exact(rows)
 
     print("预测：", [row["prediction"] for row in rows[:SHOWN]], end="\n\n")
@@ -85,7 +86,8 @@ def main(args):
     if args.metric == "ner":
         # The answer format has no offsets, so even perfect answers can miss by position.
         perfect = [
-            {**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities), "problems": {}} for r in rows
+            {**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities, nested), "problems": {}}
+            for r in rows
         ]
         print(score_table(metrics, perfect=score(perfect, labels)))
     elif args.metric == "exact":

@@ -17,21 +17,22 @@ def make_grammar(constrained, adapter, tokenizer, labels):
     return AnswerGrammar(tokenizer, labels)
 
 
-def predict_rows(model, tokenizer, examples, labels, max_new_tokens=512, batch_size=64, grammar=None):
+def predict_rows(model, tokenizer, examples, labels, max_new_tokens=512, batch_size=64, grammar=None, nested=False):
     """Yield the row of predictions.jsonl of each example (dataset.read_examples), in order.
 
     A row: {"text", "answer", "prediction", "entities", "log_probability"}, "gold" where there is a right answer and
     "problems" where there are any. `gold` (exact spans) and `problems` (counts) let metrics be recomputed from the file.
-    labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold.
+    labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold. nested: whether
+    entities inside longer ones have spans (dataset.nests).
     """
     prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
     texts = [example["text"] for example in examples]
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts)
     for example, answer in zip(examples, answers, strict=True):
-        yield _row(example, answer, labels)
+        yield _row(example, answer, labels, nested)
 
 
-def _row(example, answer, labels):
+def _row(example, answer, labels, nested):
     ner = labels is not None
     parsed = parse_answer((ner and answer.text) or "", example["text"], labels)
     row = {
@@ -39,7 +40,7 @@ def _row(example, answer, labels):
         "text": example["text"],
         "answer": example["answer"],
         "prediction": answer.text,
-        "entities": locate(example["text"], parsed.entities),
+        "entities": locate(example["text"], parsed.entities, nested),
     }
     if answer.text is not None:
         lines = [line.replace("\r", "") for line in answer.text.split("\n")]
@@ -48,7 +49,7 @@ def _row(example, answer, labels):
             entity["confidence"] = round(confidences[f"{entity['entity']}_{entity['type']}"], 4)
         row["log_probability"] = round(answer.log_probability, 4)
     if ner and example["answer"] is not None:
-        row["gold"] = gold_entities(example)
+        row["gold"] = gold_entities(example, nested)
     problems = {name: len(getattr(parsed, name)) for name in ("malformed", "unknown_type", "not_in_text", "repeated")}
     problems["repeated"] += answer.repeated
     problems |= {"abandoned": answer.abandoned, "cut": int(answer.text is not None and not answer.ended)}

@@ -98,7 +98,8 @@ class Models:
         cuts = cut_examples(examples, self.model, self.tokenizer, train_args, facts)
         parts = [part for cut in cuts for part in cut.parts]
         limits = self.args.max_new_tokens, self.args.batch_size
-        steps = predict_rows(self.model, self.tokenizer, parts, labels, *limits, self.grammar(name))
+        nested = facts.get("nested", False)
+        steps = predict_rows(self.model, self.tokenizer, parts, labels, *limits, self.grammar(name), nested)
         rows = []
         yield Answered(0, len(parts), None)
         for row in self._take_turns(name, steps):

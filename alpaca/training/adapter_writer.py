@@ -11,7 +11,7 @@ from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.training.checkpoints import saving
 from alpaca.training.lora import lora_weights
 from config_utils import load_config, save_config
-from dataset import PROMPT_SHA256, labels_of, query_prefix_of, without_rehearsal
+from dataset import PROMPT_SHA256, labels_of, nests, query_prefix_of, without_rehearsal
 
 
 def training_facts(args, records):
@@ -29,6 +29,7 @@ def training_facts(args, records):
         "tokenizer_sha256": tokenizer_sha256(args.model_dir),
         "instructs": list(dict.fromkeys(record["instruct"] for record in records)),
         "labels": labels,
+        "nested": nests(records),
         "query_prefix": query_prefix_of(records),
         "text_tokens": usual_length(args.model_dir, records),
         "versions": {name: version(name) for name in packages},

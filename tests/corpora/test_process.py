@@ -117,7 +117,7 @@ def test_json_lines(corpus, capsys):
     assert "泄漏：验证数据中 0 句" in out
 
 
-def test_adjacent_nested_and_repeated_entities(corpus):
+def test_adjacent_nested_and_repeated_entities(corpus, capsys):
     corpus(
         [
             sentence("中美会谈", (0, 1, "LOC"), (1, 2, "LOC")),
@@ -128,6 +128,8 @@ def test_adjacent_nested_and_repeated_entities(corpus):
     train, _ = process()
     assert answers(train) == ["中_地名\n美_地名", "北京大学_机构名\n北京_地名"]
     assert [len(example["entities"]) for example in train] == [2, 3]
+    train_line, dev_line = capsys.readouterr().out.splitlines()[:2]
+    assert train_line.endswith("；有嵌套的实体，预测和测试时长实体里面的位置也算") and "嵌套" not in dev_line
 
 
 def test_bad_entities_are_reported_and_dropped(corpus, capsys):

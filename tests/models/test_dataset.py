@@ -26,6 +26,7 @@ from dataset import (
     gold_entities,
     labels_of,
     locate,
+    nests,
     parse_answer,
     read_examples,
     without_rehearsal,
@@ -245,6 +246,23 @@ def test_locate_leaves_out_what_lies_in_a_longer_entity():
         {"entity": "上海", "type": "地名", "spans": []},
     ]
     assert locate(text, [("北京", "地名")])[0]["spans"] == [[0, 2], [5, 7], [8, 10]]
+
+
+def test_nested_entities_have_spans_where_the_corpus_nests():
+    text = "洛阳市图书馆在洛阳市"
+    pairs = [("洛阳市图书馆", "机构名"), ("洛阳市", "地名")]
+    assert [found["spans"] for found in locate(text, pairs, nested=True)] == [[[0, 6]], [[0, 3], [7, 10]]]
+
+    def example(*places):
+        found = [{"entity": text[b:e], "type": "地名", "begin": b, "end": e} for b, e in places]
+        return {"text": text, "entities": found, "answer": format_answer(found)}
+
+    nesting, flat = example((0, 6), (0, 3), (7, 10)), example((0, 6), (7, 10))
+    assert nests([nesting]) and not nests([flat]) and not nests([]) and not nests([example((7, 10))])
+    assert nests([nesting, nesting, flat]) and not nests([nesting, flat, flat])  # a few mistakes change nothing
+    assert not nests([{**nesting, "entities": None}])
+    gold = gold_entities({**nesting, "entities": None}, nested=True)
+    assert [found["spans"] for found in gold] == [[[0, 6]], [[0, 3], [7, 10]]]
 
 
 def test_gold_entities_prefer_exact_offsets():
