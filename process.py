@@ -5,20 +5,21 @@
     python process.py --data_name=mine --dev_size=500 --labels=PER:人名,LOC:地名,ORG:机构名,TIME:时间
     python process.py --data_name=mine --audit_only=True           # check what it wrote, as the trainers will
 
-Reads data/<data_name>/ori_data/{train,dev}.txt, in one of two formats:
+Reads data/<data_name>/ori_data/{train,dev,test}.txt (test.txt if there is one), in one of two formats:
 
     jsonl  {"text": "…", "entity_list": [{"entity_index": {"begin": 3, "end": 4}, "entity_type": "LOC", "entity": …}]}
            or CLUENER's {"text": "…", "label": {"address": {"北京": [[3, 4]]}}}, where end is the last character
     bio    one `字<tab or space>标签` a line, an empty line after each sentence; BIO, BMES(O) or BIOES tags
 
-Writes data/<data_name>/instruct_data/{train,dev}.txt, one object a line; offsets are characters, end exclusive:
+Writes the same names in data/<data_name>/instruct_data/, one object a line; offsets are characters, end exclusive:
 
     {"instruct", "query", "answer", "text", "entities": [{"entity", "type", "begin", "end"}]}
 
 If there is a data/<data_name>/ori_data/rehearse.txt, rows of other tasks as {"instruct", "query", "answer"}, they are
 added to train.txt with "task": "rehearsal": an adapter that is trained on one task alone forgets what its base could do besides.
 
-Every sentence stays, also those without an entity; only sentences of train that dev holds too are left out.
+Every sentence stays, also those without an entity; only sentences of train that dev or test hold too are left out. A
+text of more than max_seq_length tokens is cut at sentence ends, with the tokenizer of model_dir.
 """
 
 from alpaca.common.start import start
@@ -33,10 +34,12 @@ from collections import Counter
 from pathlib import Path
 
 from alpaca.common.errors import UserError
+from alpaca.common.folders import check_writable, hint_of_folders
 from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.json_lines import COLUMNS
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels, refuse_unknown_types
+from alpaca.corpora.long_texts import cut_long
 from alpaca.corpora.problems import LOSSES, REMARKS, Problems
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
@@ -47,6 +50,7 @@ CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under data/
     "train_file": None,  # raw training data; None: data/<data_name>/ori_data/train.txt
     "dev_file": None,  # raw dev data; None: data/<data_name>/ori_data/dev.txt if there is one
+    "test_file": None,  # raw test data; None: data/<data_name>/ori_data/test.txt if there is one
     "dev_size": 0,  # sentences to move from the training to the dev data, at random; only where there is no dev file
     "format": "auto",  # format of the raw data: jsonl | bio | auto (seen from the first line)
     "ends": "exclusive",  # what `end` counts in an entity_list: exclusive | inclusive (the entity's last character)
@@ -56,8 +60,11 @@ CONFIG = {
     "keep_leaked": False,  # True: training sentences that the dev data holds too are kept | False: they are left out
     "seed": 42,  # random seed of the choice of dev_size sentences
     "audit_only": False,  # True: write nothing, only check data/<data_name>/instruct_data/ as the trainers do
-    "model_dir": "./model_hub/chinese-alpaca-tiny",  # for audit_only: folder of the model whose tokenizer counts the tokens
-    "max_seq_length": 512,  # for audit_only: examples with more tokens of prompt + answer are counted as too long
+    "model_dir": "./model_hub/chinese-alpaca-tiny",  # folder of the model whose tokenizer counts the tokens
+    "max_seq_length": 512,  # most tokens of prompt + answer: longer texts are cut at sentence ends
+    "instruct_column": "instruct",  # for audit_only: name of the column that holds the instruction
+    "query_column": "query",  # for audit_only: name of the column that holds the query
+    "response_column": "answer",  # for audit_only: name of the column that holds the answer
 }
 
 
@@ -78,20 +85,22 @@ def read_rehearsal(path):
 
 
 def find_files(args):
-    """Paths of train and dev; dev is None if it is to be split off train."""
+    """Paths of {"train", "dev", "test"}; dev is None if it is to be split off train, test is None if there is none."""
     folder = Path("data") / args.data_name / "ori_data"
-    train, dev = Path(args.train_file or folder / "train.txt"), Path(args.dev_file or folder / "dev.txt")
-    if not train.is_file():
-        raise UserError(f"{train}: no such file; put the corpus there or name it with --train_file")
-    if dev.is_file():
-        if args.dev_size:
-            print(f"已有验证数据 {dev}，不用 --dev_size", file=sys.stderr)
-        return train, dev
-    if args.dev_file:
-        raise UserError(f"{dev}: no such file; name another with --dev_file, or split one off with --dev_size=500")
-    if args.dev_size <= 0:
-        raise UserError(f"{dev}: no such file; name one with --dev_file, or split one off train with --dev_size=500")
-    return train, None
+    named = {"train": args.train_file, "dev": args.dev_file, "test": args.test_file}
+    files = {name: Path(file or folder / f"{name}.txt") for name, file in named.items()}
+    for name, file in files.items():
+        if not file.exists() and (named[name] or name == "train"):
+            remedy = "put the corpus there or name it" if name == "train" else "name another"
+            split = ", or split some off train with --dev_size=500" if name == "dev" else ""
+            raise UserError(f"{file}: no such file{hint_of_folders(file)}; {remedy} with --{name}_file{split}")
+    if files["dev"].exists() and args.dev_size:
+        print(f"已有验证数据 {files['dev']}，不用 --dev_size", file=sys.stderr)
+    if not files["dev"].exists() and args.dev_size <= 0:
+        raise UserError(
+            f"{files['dev']}: no such file; name one with --dev_file, or split one off train with --dev_size=500"
+        )
+    return {name: file if file.exists() else None for name, file in files.items()}
 
 
 def split_off(examples, size, seed):
@@ -102,13 +111,20 @@ def split_off(examples, size, seed):
     return [e for i, e in enumerate(examples) if i not in chosen], [examples[i] for i in sorted(chosen)]
 
 
-def write_examples(path, examples):
-    """Write JSON lines, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-    os.replace(new, path)
+def write_examples(files):
+    """Write {path: examples} as JSON lines, all of the files or none."""
+    new = {path.with_name(path.name + ".new"): path for path in files}
+    try:
+        for (place, path), examples in zip(new.items(), files.values(), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
+    except OSError:
+        for place in new:
+            place.unlink(missing_ok=True)
+        raise
+    for place, path in new.items():
+        os.replace(place, path)
 
 
 def summary(path, examples, names):
@@ -120,11 +136,56 @@ def summary(path, examples, names):
     return f"{path}：句子 {len(examples)}，无实体句 {empty}，实体 {kinds.total()}（{counts}）{nested}"
 
 
-def main(args):
-    if args.audit_only:
-        folder = Path("data") / args.data_name / "instruct_data"
+def remove_leaks(parts, keep_leaked):
+    """{"train", "dev", perhaps "test": examples} -> (train without what the others hold, a line that says how much)."""
+    texts = {name: {example["text"] for example in examples} for name, examples in parts.items()}
+    others = set().union(*(texts[name] for name in parts if name != "train"))
+    kept = [example for example in parts["train"] if keep_leaked or example["text"] not in others]
+    leaked = [
+        f"{title}中 {sum(example['text'] in texts['train'] for example in parts[name])} 句也在训练数据中"
+        for name, title in (("dev", "验证数据"), ("test", "测试数据"))
+        if name in parts
+    ]
+    removed = len(parts["train"]) - len(kept)
+    action = "保留（--keep_leaked）" if keep_leaked else f"从训练数据去掉 {removed} 句"
+    return kept, f"泄漏：{'，'.join(leaked)}，{action}"
+
+
+def cut_parts(parts, task, args):
+    """Cut what is longer than max_seq_length -> (the parts, lines that say what was cut)."""
+    try:
         tokenizer = load_tokenizer(args.model_dir)
-        audit((folder / "train.txt", folder / "dev.txt"), tokenizer, args.max_seq_length, out=sys.stdout)
+    except UserError as error:
+        longest = max(len(example["query"] + example["answer"]) for part in parts.values() for example in part)
+        if longest + len(task.instruct) <= args.max_seq_length:
+            return parts, []
+        return parts, [f"长文本：没有分词器，没有检查也没有切开，最长的一条有 {longest} 个字（{error}）"]
+    cut = {name: cut_long(part, task, tokenizer, args.max_seq_length) for name, part in parts.items()}
+    lines = [
+        f"长文本：{name}.txt 有 {c.documents} 条超过 max_seq_length={args.max_seq_length} 个 token，在句末切成 {c.parts} 条"
+        f"（{c.inside} 处在句子里面，{c.lost} 个实体放不下）"
+        for name, c in cut.items()
+        if c.documents
+    ]
+    return {name: c.examples for name, c in cut.items()}, lines
+
+
+def read_corpora(files, task, args):
+    """{name: path} -> ({name: examples}, Problems); UserError for entity types that have no name."""
+    problems = Problems()
+    parts = {name: convert(file, args.format, task, problems, args.ends) for name, file in files.items() if file}
+    refuse_unknown_types(task.labels, problems.unknown_types, problems.used_types)
+    if "dev" not in parts:
+        parts["train"], parts["dev"] = split_off(parts["train"], args.dev_size, args.seed)
+    return parts, problems
+
+
+def main(args):
+    folder = Path("data") / args.data_name / "instruct_data"
+    if args.audit_only:
+        columns = args.instruct_column, args.query_column, args.response_column
+        tokenizer = load_tokenizer(args.model_dir)
+        audit((folder / "train.txt", folder / "dev.txt"), tokenizer, args.max_seq_length, columns, out=sys.stdout)
         return
     labels = read_labels(args.labels)
     if args.format not in ("auto", "jsonl", "bio"):
@@ -133,32 +194,24 @@ def main(args):
         raise UserError(f"--ends: expected exclusive or inclusive, got {args.ends!r}")
     names = list(dict.fromkeys(filter(None, labels.values())))  # two tags may mean one type
     instruct = args.instruct.replace("\\n", "\n").replace("{labels}", "、".join(names))
-    train_file, dev_file = find_files(args)
+    files = find_files(args)
+    check_writable(folder)
     rehearse_file = Path("data") / args.data_name / "ori_data" / "rehearse.txt"
-    rehearsal, problems = read_rehearsal(rehearse_file), Problems()
+    rehearsal = read_rehearsal(rehearse_file)
     task = Task(labels, instruct, args.query_prefix)
-    train = convert(train_file, args.format, task, problems, args.ends)
-    if dev_file:
-        dev = convert(dev_file, args.format, task, problems, args.ends)
-    refuse_unknown_types(labels, problems.unknown_types, problems.used_types)
-    if not dev_file:
-        train, dev = split_off(train, args.dev_size, args.seed)
+    parts, problems = read_corpora(files, task, args)
+    parts["train"], leaks = remove_leaks(parts, args.keep_leaked)
+    if not parts["train"]:
+        raise UserError(f"{files['train']}: dev and test hold every sentence of it; give others or pass --keep_leaked")
+    parts, cuts = cut_parts(parts, task, args)
 
-    dev_texts, train_texts = ({example["text"] for example in part} for part in (dev, train))
-    leaked = sum(example["text"] in train_texts for example in dev)
-    kept = [example for example in train if args.keep_leaked or example["text"] not in dev_texts]
-    if not kept:
-        raise UserError(f"{train_file}: dev holds every sentence of it; give other dev data or pass --keep_leaked")
-
-    folder = Path("data") / args.data_name / "instruct_data"
-    for name, examples in (("train", kept), ("dev", dev)):
-        write_examples(folder / f"{name}.txt", examples + rehearsal if name == "train" else examples)
-        print(summary(folder / f"{name}.txt", examples, names))
+    write_examples({folder / f"{name}.txt": part + rehearsal * (name == "train") for name, part in parts.items()})
+    for name, part in parts.items():
+        print(summary(folder / f"{name}.txt", part, names))
     if rehearsal:
-        share = len(rehearsal) / (len(rehearsal) + len(kept))
+        share = len(rehearsal) / (len(rehearsal) + len(parts["train"]))
         print(f"别的任务：{rehearse_file} 的 {len(rehearsal)} 条也写进了 train.txt，占 {share:.1%}")
-    action = "保留（--keep_leaked）" if args.keep_leaked else f"从训练数据去掉 {len(train) - len(kept)} 句"
-    print(f"泄漏：验证数据中 {leaked} 句也在训练数据中，{action}")
+    print(*cuts, leaks, sep="\n")
     print("丢弃：" + "，".join(f"{title} {problems[kind]}" for kind, title in LOSSES.items()))
     if remarks := [f"{title} {problems[kind]}" for kind, title in REMARKS.items() if problems[kind]]:
         print("另外：" + "，".join(remarks))

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from alpaca.models.sentences import Window, cut_text
-from dataset import NO_ENTITY, build_prompt, encode_prompts, gold_entities, task_of
+from alpaca.models.sentences import Window, cut_text, room_for_text
+from dataset import NO_ENTITY, gold_entities, task_of
 
 
 class CutExample(NamedTuple):
@@ -67,9 +67,8 @@ def _cut_example(example, tokenizer, room, usual):
     if not query.endswith(text):  # a query of the user's own
         return _whole(example)
     prefix = query[: len(query) - len(text)]
-    (empty,) = encode_prompts(tokenizer, [build_prompt(example["instruct"], prefix)])
-    limit = 2 * (room - len(empty)) // 3  # leaves the answer half as many tokens as the text has
-    if limit < 1:  # the instruction alone is too long
+    limit = room_for_text(tokenizer, example["instruct"], prefix, room)
+    if limit < 1:
         return _whole(example)
     usual = min(usual or limit, limit)
     windows, inside = cut_text(text, lambda part: len(tokenizer.encode_texts([part])[0]), limit, usual)

@@ -1,6 +1,9 @@
-"""Where relative paths count from."""
+"""Where relative paths count from, and whether a folder can be written to."""
 
+import os
 from pathlib import Path
+
+from alpaca.common.errors import UserError
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 
@@ -14,3 +17,13 @@ def hint_of_folders(path):
         return ""
     there = f", where {path} exists" if (PROJECT / path).exists() else ""
     return f" in {Path.cwd()} (relative paths count from there; the project is in {PROJECT}{there})"
+
+
+def check_writable(folder, remedy="change its owner or mode, or work in another folder"):
+    """UserError if files cannot be made in the folder, or it cannot be made itself; nothing is made here."""
+    folder = Path(folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is no folder; move it away or name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there}: no right to write there; {remedy}")
