@@ -68,6 +68,19 @@ ALIASES = {
 }
 
 
+REMEDIES = {  # what to do about an OSError
+    errno.ENOSPC: "free some space there and run it again",
+    errno.EDQUOT: "free some space there and run it again",
+    errno.EACCES: "you have no right to it: change its owner or mode, or name another path",
+    errno.EPERM: "you have no right to it: change its owner or mode, or name another path",
+    errno.EROFS: "nothing can be written there; name another path",
+    errno.ENAMETOOLONG: "give it a shorter name",
+    errno.EIO: "the disk fails there; copy the data elsewhere",
+}
+# What a Chinese keyboard types in place of - and =.
+DASHES, EQUALS = "-—–－−", "＝"
+
+
 class Config:
     """Frozen settings: every leaf of a nested dict by its option name; `str()` lists them, one aligned line each.
 
@@ -156,7 +169,8 @@ def parse_config(config, file, argv=None):
 def run_script(main, config, file, argv=None):
     """Parse, call `main(args)`, and end bad input in one line and exit code 2, Ctrl-C in exit code 130.
 
-    So does a full disk; a reader of the output that has gone, as `head`, ends it in exit code 1.
+    So does a path that cannot be read or written, and a full disk; a reader of the output that has gone, as `head`, ends
+    it in exit code 1.
     """
     try:
         try:
@@ -169,9 +183,10 @@ def run_script(main, config, file, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and (error.errno is None or error.filename is None):  # a library's own, or a connection
             raise
-        fail(f"{error.filename or 'output'}: {error.strerror}; free some space there and run it again")
+        fail(f"{error.filename or 'output'}: {error.strerror}; {REMEDIES.get(error.errno, 'name another path')}")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -221,7 +236,7 @@ def _read_options(argv, options, only=None):
     """Command line -> {option name: value}, the last of a name wins; `only`: leave all other options for later."""
     values, position = {}, 0
     while position < len(argv):
-        token, position = argv[position], position + 1
+        token, position = _typed_in_chinese(argv[position]), position + 1
         name, has_value, text = token.removeprefix("--").partition("=")
         follows = position < len(argv) and not argv[position].startswith("-")
         known = token.startswith("--") and name in options
@@ -242,6 +257,15 @@ def _read_options(argv, options, only=None):
             kind = option.kind.replace("bool", "bool (True or False)")
             raise UserError(f"--{name}: expected {kind}, got {text!r}") from None
     return values
+
+
+def _typed_in_chinese(token):
+    """An argument with its leading dashes and its first = as ASCII: ——data_name＝msra is --data_name=msra."""
+    start = token[: len(token) - len(token.lstrip(DASHES))]
+    if not start or start.strip("-") == "" and EQUALS not in token:
+        return token
+    name, equals, value = token[len(start) :].partition(EQUALS)
+    return "--" + (f"{name}={value}" if equals and "=" not in name else token[len(start) :])
 
 
 def unknown_option(token, options):

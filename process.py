@@ -98,7 +98,7 @@ def find_files(args):
         print(f"已有验证数据 {files['dev']}，不用 --dev_size", file=sys.stderr)
     if not files["dev"].exists() and args.dev_size <= 0:
         raise UserError(
-            f"{files['dev']}: no such file; name one with --dev_file, or split one off train with --dev_size=500"
+            f"{files['dev']}: no such file{hint_of_folders(files['dev'])}; name one with --dev_file, or split one off train with --dev_size=500"
         )
     return {name: file if file.exists() else None for name, file in files.items()}
 

@@ -3,10 +3,11 @@
     python test.py
     python test.py --data_name=msra --lora_model=./checkpoint/msra/train_deepspeed/adapter_model
     python test.py --lora_model=none --max_new_tokens=64          # the base alone
-    python test.py --dev_path=data/msra/instruct_data/train.txt   # report.html: where the training data may be wrong
+    python test.py --split=test                                   # data/<data_name>/instruct_data/test.txt
+    python test.py --split=train                                  # report.html: where the training data may be wrong
     python test.py --data_name=qa --metric=exact                  # another task than NER: how many answers are right
 
-Reads data/<data_name>/instruct_data/dev.txt and an adapter of checkpoint/<data_name>/ (the one written last). Writes
+Reads data/<data_name>/instruct_data/dev.txt (--split: another) and an adapter of checkpoint/<data_name>/ (the one written last). Writes
 predictions.jsonl, metrics.json and report.html beside adapter_model/ (`exact` no report, `none` only predictions). The
 answers are generated freely, greedily, for every row; with an adapter for NER, only what the text allows
 (--constrained=False: anything).
@@ -34,7 +35,11 @@ CONFIG = {
     "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
-    "dev_path": None,  # file of instruct data to test on; None: data/<data_name>/instruct_data/dev.txt
+    "split": "dev",  # dev | test | train: test on data/<data_name>/instruct_data/<split>.txt
+    "dev_path": None,  # file of instruct data to test on; None: that of split
+    "instruct_column": None,  # name of the column that holds the instruction; None: as in training, for the base alone: instruct
+    "query_column": None,  # name of the column that holds the query; None: as in training, for the base alone: query
+    "response_column": None,  # name of the column that holds the answer; None: as in training, for the base alone: answer
     "batch_size": 64,  # most texts answered at once; fewer where memory is short
     "metric": "ner",  # ner: score entities | exact: share of answers equal to the right one | none: only write predictions
     "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
@@ -47,19 +52,24 @@ WRITTEN = {  # metric -> files
     "exact": ("predictions.jsonl", "metrics.json"),
     "none": ("predictions.jsonl",),
 }
+CALLED = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}  # by process.py
 SHOWN = 20  # answers printed as a list, before the table
 
 
 def main(args):
-    dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / "dev.txt"
+    if args.split not in ("train", "dev", "test"):
+        raise UserError(f"--split={args.split}: expected train, dev or test")
+    if args.dev_path and args.split != "dev":
+        raise UserError(f"--dev_path and --split={args.split}: give one of the two")
+    dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / f"{args.split}.txt"
     check_generation(args)
     if args.metric not in WRITTEN:
         raise UserError(f"--metric={args.metric}: expected {', '.join(WRITTEN)}")
     if args.max_examples < 1 and args.max_examples != -1:
         raise UserError(f"--max_examples={args.max_examples}: expected 1 or more, or -1 for all")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
-    columns = (train_args.instruct_column, train_args.query_column, train_args.response_column) if adapter else ()
-    examples = read_examples(dev_path, *columns)
+    columns = {name: getattr(args, name) or (getattr(train_args, name) if adapter else CALLED[name]) for name in CALLED}
+    examples = read_examples(dev_path, **columns)
     own = without_rehearsal(examples) if args.metric == "ner" else examples
     if others := len(examples) - len(own):
         say(f"{dev_path}: {others} 条是别的任务，不测")

@@ -101,6 +101,20 @@ def test_base_alone(workspace, base_dir):
     assert len(read_rows(workspace / "checkpoint" / "mine" / "base" / "predictions.jsonl")) == 5
 
 
+def test_another_split_with_columns_of_other_names(workspace, base_dir):
+    rows = read_rows(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:2]
+    renamed = [{"instruction": r["instruct"], "input": r["query"], "output": r["answer"]} for r in rows]
+    path = write_jsonl(workspace / "data" / "mine" / "instruct_data" / "test.txt", renamed)
+    options = ["--data_name=mine", "--lora_model=none", f"--base_model={base_dir}", "--split=test", *SHORT]
+    refused = run_script("test.py", *options, cwd=workspace, check=False)
+    assert refused.returncode == 2 and "name it with --instruct_column=…" in refused.stderr
+    columns = ["--instruct_column=instruction", "--query_column=input", "--response_column=output"]
+    run_script("test.py", *options, *columns, cwd=workspace)
+    tested = read_rows(workspace / "checkpoint" / "mine" / "base" / "predictions.jsonl")
+    assert [row["answer"] for row in tested] == [row["answer"] for row in rows]
+    path.unlink()
+
+
 def test_auto_takes_the_adapter_written_last(workspace, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(workspace / "checkpoint", tmp_path / "checkpoint", copy_function=shutil.copy2)
@@ -217,6 +231,15 @@ def test_predict_text_and_files(workspace, adapter, tmp_path):
     assert "1 行是空的，不提问，结果里各占一行" in result.stderr
     assert "第 3 条没有句末可切，在句子里面切开，位置 " in result.stderr
     assert all(row["answer"] is None and "gold" not in row for row in rows)
+    texts.write_text(
+        '[{"id": "a-7", "text": "王明在北京", "entities": []}, {"id": "a-8", "text": ""}]', encoding="utf-8"
+    )
+    result = run_script(
+        "predict.py", lora, f"--input_path={texts}", f"--output_path={tmp_path}/o", *SHORT, cwd=workspace
+    )
+    rows = read_rows(tmp_path / "o")
+    assert [(row["id"], row["text"]) for row in rows] == [("a-7", "王明在北京"), ("a-8", "")]
+    assert rows[1]["prediction"] == "" and "输入的 entities 与结果的键同名，不写进结果" in result.stderr
     records = [{"text": "王明在北京", "answer": "王明_人名"}, {"instruct": "说", "query": "文本：你好"}]
     texts.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
     result = run_script("predict.py", lora, f"--input_path={texts}", *SHORT, cwd=workspace)
@@ -374,6 +397,8 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
             ["--lora_model={adapter}", "--output_path={misfits}/broken/train_args.json/o"],
             "cannot be written",
         ),
+        ("test.py", ["--data_name=mine", "--split=all"], "--split=all: expected train, dev or test"),
+        ("test.py", ["--data_name=mine", "--split=test", "--dev_path=a"], "--dev_path and --split=test: give one of"),
         ("test.py", ["--data_name=mine", "--batch_size=0"], "--batch_size=0: expected 1 or more"),
         ("test.py", ["--data_name=mine", "--max_examples=0"], "--max_examples=0: expected 1 or more, or -1 for all"),
         ("test.py", ["--data_name=mine", "--constrained=yes"], "--constrained=yes: expected auto, True, False"),

@@ -6,6 +6,13 @@ import sys
 from tqdm import tqdm
 
 
+def forgive_encoding():
+    """Let stdout escape what its encoding lacks, as stderr does: no result is lost because a character cannot be shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) == "strict":  # None: closed, or a stand-in of a test
+            stream.reconfigure(errors="backslashreplace")
+
+
 def is_main():
     """True on the one process that prints and writes."""
     return int(os.environ.get("RANK", "0")) == 0

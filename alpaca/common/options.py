@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from alpaca.common.errors import ConfigError
 
+QUOTES = str.maketrans("", "", "“”‘’")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -66,7 +67,8 @@ def closest(name, names, sentence):
 def value_of(text, kind):
     """Text of an option -> value; ValueError if it is not of that kind."""
     if kind.startswith("list of "):
-        items = [item.strip() for item in text.split(",")] if text.strip() else []
+        text = text.translate(QUOTES).strip().replace("，", ",")  # as a Chinese keyboard types it
+        items = [item.strip() for item in text.split(",")] if text else []
         if "" in items:
             raise ValueError
         return [value_of(item, kind.removeprefix("list of ")) for item in items]

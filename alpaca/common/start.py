@@ -10,6 +10,7 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
+from alpaca.common.console import forgive_encoding
 from alpaca.common.errors import UserError, fail
 
 # The first and the last version that this code is for. An older one lacks what it imports; what a newer one changes might
@@ -18,8 +19,10 @@ VERSIONS = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "peft":
 
 
 def start():
-    """Refuse versions that do not fit, end Ctrl-C without a traceback, and keep the libraries' notices off the screen."""
+    """Refuse versions that do not fit, end Ctrl-C without a traceback, print whatever the output can show, and keep the
+    libraries' notices off the screen."""
     sys.excepthook = _without_traceback_for_ctrl_c
+    forgive_encoding()
     try:
         check_versions()
     except UserError as error:

@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
+from alpaca.common.folders import hint_of_folders
 from config_utils import load_config
 
 
@@ -47,13 +48,15 @@ def _adapter_folder(data_name, lora_model):
         if folder is None:
             inside = Path(lora_model) / "adapter_model"
             remedy = f"name {inside}" if inside.is_dir() else "train one or name another"
-            raise UserError(f"{lora_model}: no adapter here (adapter_config.json is missing); {remedy}")
+            missing = f"no adapter here (adapter_config.json is missing){hint_of_folders(lora_model)}"
+            raise UserError(f"{lora_model}: {missing}; {remedy}")
         return folder
     root = Path("checkpoint") / data_name
     trained = [folder for name in TRAINERS if (folder := adapter_or_old(root / name / "adapter_model"))]
     shipped = adapter_or_old(root / "shipped" / "adapter_model")
     if not trained and not shipped:
-        raise UserError(f"{root}: no adapter here; train one with `deepspeed train_trainer.py --data_name={data_name}`")
+        remedy = f"train one with `deepspeed train_trainer.py --data_name={data_name}`"
+        raise UserError(f"{root}: no adapter here{hint_of_folders(root)}; {remedy}")
     return max(trained, key=lambda p: (p / "adapter_config.json").stat().st_mtime) if trained else shipped
 
 

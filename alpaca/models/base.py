@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from alpaca.common.console import progress, say
 from alpaca.common.devices import DTYPES, describe_device, pick_precision
 from alpaca.common.errors import UserError
+from alpaca.common.folders import hint_of_folders
 from alpaca.models.adapters import adapter_shapes
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
@@ -25,7 +26,8 @@ def check_model_dir(model_dir):
     """The config.json of a Hugging Face model's folder; UserError if there is none. Asked before anything slow begins."""
     path = Path(model_dir) / "config.json"
     if not path.is_file():
-        raise UserError(f"{model_dir}: no model here (config.json is missing); {how_to_get(model_dir)}")
+        missing = f"no model here (config.json is missing){hint_of_folders(model_dir)}"
+        raise UserError(f"{model_dir}: {missing}; {how_to_get(model_dir)}")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:

@@ -10,6 +10,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import SentencePieceBackend
 
 from alpaca.common.errors import UserError
+from alpaca.common.folders import hint_of_folders
 from dataset import BOS, EOS, UNK
 
 
@@ -56,7 +57,7 @@ def _special_tokens(vocab_file):
 def _vocab_file(model_dir):
     path = Path(model_dir) / "tokenizer.model"
     if not path.is_file():
-        raise UserError(f"{path}: no such file; {how_to_get(model_dir)}")
+        raise UserError(f"{path}: no such file{hint_of_folders(path)}; {how_to_get(model_dir)}")
     return path
 
 

@@ -1,7 +1,9 @@
 """python -m pytest tests/corpora/test_process.py: corpora of a few lines through process.py."""
 
+import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from alpaca.corpora.tagged_columns import decode_tags
+from alpaca.models.tokenizer import load_tokenizer
 from config_utils import run_script
+from dataset import encode_examples
 from process import CONFIG, main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -364,3 +368,144 @@ def test_as_a_program(corpus):
     done = run("--dev_sise=3")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: unknown option --dev_sise, did you mean --dev_size?\n"
+
+
+def test_a_test_file(corpus, capsys):
+    """Beside train and dev; train keeps neither's sentences; without the file there is none."""
+    corpus([sentence("甲"), sentence("在上海"), sentence("在洛阳", (1, 3, "LOC"))], DEV)
+    folder = Path("data/t/ori_data")
+    (folder / "test.txt").write_text(sentence("在洛阳", (1, 3, "LOC")) + "\n", encoding="utf-8")
+    train, _ = process()
+    assert [example["text"] for example in train] == ["甲"] and answers(read("test")) == ["洛阳_地名"]
+    out = capsys.readouterr().out
+    assert "data/t/instruct_data/test.txt：句子 1，" in out
+    assert "泄漏：验证数据中 1 句也在训练数据中，测试数据中 1 句也在训练数据中，从训练数据去掉 2 句" in out
+    (folder / "test.txt").rename("other.txt")
+    process("--test_file=other.txt")
+    assert answers(read("test")) == ["洛阳_地名"]
+    with pytest.raises(SystemExit, match="2"):
+        process("--test_file=none.txt")
+    assert "none.txt: no such file" in capsys.readouterr().err
+
+
+def test_all_files_or_none(corpus, monkeypatch, capsys):
+    """A disk that is full when the second file is written leaves the files of before, and no half ones."""
+    corpus([sentence("甲"), sentence("乙")], DEV)
+    process()
+    before = {path.name: path.read_bytes() for path in Path("data/t/instruct_data").iterdir()}
+    corpus([sentence("丙")], DEV)
+    dumps, written = json.dumps, []
+
+    def full(example, **options):
+        written.append(example)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", "data/t/instruct_data/dev.txt.new")
+        return dumps(example, **options)
+
+    monkeypatch.setattr("process.json.dumps", full)
+    with pytest.raises(SystemExit, match="2"):
+        process()
+    assert "No space left on device; free some space there" in capsys.readouterr().err and len(written) == 2
+    assert {path.name: path.read_bytes() for path in Path("data/t/instruct_data").iterdir()} == before
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "gbk"])
+def test_an_output_that_cannot_show_chinese_loses_nothing(corpus, encoding):
+    corpus([sentence("在洛阳𠮷", (1, 3, "LOC"))], DEV)
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    for argv in (["--data_name=t"], ["--help"]):
+        done = subprocess.run([sys.executable, PROCESS, *argv], capture_output=True, env=env, check=False)
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr
+    assert answers(read("train")) == ["洛阳_地名"] and answers(read("dev")) == ["上海_地名"]
+
+
+def test_chinese_punctuation_in_options(corpus):
+    corpus([sentence("甲乙", (0, 1, "PER"), (1, 2, "ORG"))], DEV)
+    train, _ = process("——labels＝“PER：人，LOC:地，ORG：社”", "－－instruct＝找{labels}，一行一个＝", "—seed＝3")
+    assert (train[0]["answer"], train[0]["instruct"]) == ("甲_人\n乙_社", "找人、地、社，一行一个＝")
+
+
+def test_another_working_folder_is_named(corpus, capsys):
+    corpus([sentence("甲")], DEV)
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main, CONFIG, PROCESS, ["--data_name=demo"])
+    err = capsys.readouterr().err
+    where = f"in {os.getcwd()} (relative paths count from there; the project is in {ROOT}, where data/demo"
+    assert f"error: data/demo/ori_data/train.txt: no such file {where}/ori_data/train.txt exists); put" in err
+
+
+def test_no_right_to_write_is_one_line(corpus, capsys, monkeypatch):
+    """Before the corpus is read. Root may write everywhere, so the system's answer is made here."""
+    corpus(["{"], DEV)
+    monkeypatch.setattr("alpaca.common.folders.os.access", lambda path, mode: False)
+    with pytest.raises(SystemExit, match="2"):
+        process()
+    assert capsys.readouterr().err.startswith("error: data/t: no right to write there; change its owner")
+
+
+def test_an_error_of_the_system_is_one_line(corpus, capsys, monkeypatch):
+    """As which user the tests run decides whether a file can be made unreadable: the system's answer is made here."""
+    corpus([sentence("甲")], DEV)
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("alpaca.common.text_files.refuse_other_kinds", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        process()
+    assert capsys.readouterr().err == (
+        f"error: {TRAIN}: Permission denied; you have no right to it: change its owner or mode, or name another path\n"
+    )
+
+
+def test_columns_of_other_names_are_audited(corpus, base_dir, capsys):
+    corpus([sentence("甲")], DEV)
+    row = {"instruction": "回答问题。", "input": "一年有几个月？", "output": "十二个月"}
+    Path("data/t/instruct_data").mkdir()
+    for name in ("train", "dev"):
+        Path(f"data/t/instruct_data/{name}.txt").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    columns = ["--instruct_column=instruction", "--query_column=input", "--response_column=output"]
+    run_script(main, CONFIG, PROCESS, ["--data_name=t", "--audit_only", f"--model_dir={base_dir}", *columns])
+    assert "train.txt: 1 条" in capsys.readouterr().out
+
+
+SENTENCE = "第{}段，患者梁小雨主诉乏力{}天，既往在洛阳市医院就诊，查体未见异常。"
+
+
+def test_long_documents_are_cut_at_sentence_ends(corpus, base_dir, capsys):
+    """Into examples that fit, without a character or an entity lost."""
+    text = "".join(SENTENCE.format(i, i) for i in range(60))
+    found = [(m.start(), m.end(), "PER") for m in re.finditer("梁小雨", text)]
+    found += [(m.start(), m.end(), "ORG") for m in re.finditer("洛阳市医院", text)]
+    corpus([sentence(text, *found), sentence("在洛阳", (1, 3, "LOC"))], DEV)
+    train, _ = process(f"--model_dir={base_dir}", "--max_seq_length=700")
+    *parts, short = train
+    assert "".join(part["text"] for part in parts) == text and short["answer"] == "洛阳_地名"
+    assert len(parts) > 3 and all(part["text"].endswith("。") for part in parts)
+    assert sum(len(part["entities"]) for part in parts) == 120
+    for part in parts:
+        assert all(part["text"][e["begin"] : e["end"]] == e["entity"] for e in part["entities"])
+        assert part["query"] == "文本：" + part["text"] and part["answer"] == "梁小雨_人名\n洛阳市医院_机构名"
+    lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in encode_examples(load_tokenizer(base_dir), train)]
+    assert max(lengths) <= 700
+    out = capsys.readouterr().out
+    assert f"train.txt 有 1 条超过 max_seq_length=700 个 token，在句末切成 {len(parts)} 条（0 处在句子里面，0 个" in out
+
+
+def test_no_entity_is_cut_through(corpus, base_dir):
+    """Of one sentence without an end, crowded with entities that hold what a text may be cut after."""
+    name = "《洛，阳。志》"
+    text = "往" + name * 80
+    found = [(m.start(), m.end(), "ORG") for m in re.finditer(re.escape(name), text)]
+    corpus([sentence(text, *found)], DEV)
+    train, _ = process(f"--model_dir={base_dir}", "--max_seq_length=700")
+    assert len(train) > 1 and "".join(example["text"] for example in train) == text
+    assert sum(len(example["entities"]) for example in train) == 80
+
+
+def test_without_a_tokenizer_long_documents_are_named(corpus, capsys):
+    corpus([sentence("往" * 600)], DEV)
+    train, _ = process("--model_dir=nowhere")
+    assert len(train) == 1
+    out = capsys.readouterr().out
+    assert "长文本：没有分词器，没有检查也没有切开，最长的一条有 605 个字（nowhere/tokenizer.model: no such file" in out
