@@ -106,6 +106,36 @@ The root's is right for 7B, that of `data/demo/` for the very small model. Each 
 }
 
 CHINESE = {
+    "raw test data; None: data/<data_name>/ori_data/test.txt if there is one": (
+        "原始测试数据；None：data/<data_name>/ori_data/test.txt，没有就不用"
+    ),
+    "what `end` counts in an entity_list: exclusive | inclusive (the entity's last character)": (
+        "entity_list 里的 end：exclusive 不含最后一个字 | inclusive 就是实体的最后一个字"
+    ),
+    "TAG:NAME: a type's raw tag, its name in answers; no _ in NAME; TAG: without a name leaves the type out": (
+        "标签:名称：原始标签和答案里的名称；名称里不能有 _；名称留空就不要这一类"
+    ),
+    "folder of the model whose tokenizer counts the tokens": "用哪个文件夹里的分词器计 token 数",
+    "most tokens of prompt + answer: longer texts are cut at sentence ends": "提示词 + 答案最多几个 token；更长的文本在句末切开",
+    "for audit_only: name of the column that holds the instruction": "检查时：指令那一列的名字",
+    "for audit_only: name of the column that holds the query": "检查时：输入那一列的名字",
+    "for audit_only: name of the column that holds the answer": "检查时：答案那一列的名字",
+    "file of texts to predict: plain lines, JSON lines, a JSON array, CSV or .xlsx with a text column": (
+        "要预测的文件：一行一段文本、一行一个 JSON、JSON 列表，或有 text 列的 CSV、.xlsx"
+    ),
+    "dev | test | train: test on data/<data_name>/instruct_data/<split>.txt": (
+        "dev | test | train：测 data/<data_name>/instruct_data/<split>.txt"
+    ),
+    "file of instruct data to test on; None: that of split": "要测的指令数据文件；None：由 split 决定",
+    "name of the column that holds the instruction; None: as in training, for the base alone: instruct": (
+        "指令那一列的名字；None：与训练时相同，只用基座时是 instruct"
+    ),
+    "name of the column that holds the query; None: as in training, for the base alone: query": (
+        "输入那一列的名字；None：与训练时相同，只用基座时是 query"
+    ),
+    "name of the column that holds the answer; None: as in training, for the base alone: answer": (
+        "答案那一列的名字；None：与训练时相同，只用基座时是 answer"
+    ),
     # train_trainer.py, train_deepspeed.py
     "name of the data set: its folder under data/ and under checkpoint/": "数据集名称：data/ 和 checkpoint/ 下的文件夹",
     "folder of the base model; for 7B ./model_hub/chinese-alpaca-7b": "基座模型的文件夹；7B 是 ./model_hub/chinese-alpaca-7b",
