@@ -277,6 +277,7 @@ def changes_of(names, env_path=ROOT):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_importing_is_free():
     names = [name for name in MODULES if name.split(".")[0] in ("alpaca", "dataset", "config_utils")]
     assert len(names) > 40 and changes_of(names) == []

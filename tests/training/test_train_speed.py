@@ -1,6 +1,6 @@
 """benchmarks/train_speed.py --gpus, rehearsed with two processes on the CPU.
 
-python -m pytest tests/test_train_speed.py
+python -m pytest tests/training/test_train_speed.py
 """
 
 import json
