@@ -17,6 +17,7 @@ import errno
 import json
 import os
 import sys
+from typing import NamedTuple
 
 from alpaca.common.deepspeed_file import checked_settings, deepspeed_options, deepspeed_path
 from alpaca.common.errors import ConfigError, UserError, fail
@@ -232,31 +233,47 @@ def options_of(config):
     return options
 
 
+class Argument(NamedTuple):
+    """One option of a command line."""
+
+    token: str  # as typed, without its value where that was a word of its own
+    name: str
+    text: str | None  # its value; None: it stands alone
+
+
+def _arguments(argv):
+    """Yield the Arguments of a command line: --name=value, --name value, or --name alone."""
+    rest = list(reversed(argv))
+    while rest:
+        token = _typed_in_chinese(rest.pop())
+        name, has_value, text = token.removeprefix("--").partition("=")
+        if not has_value:
+            value_follows = token.startswith("-") and rest and not rest[-1].startswith("-")
+            text = rest.pop() if value_follows else None
+        yield Argument(token, name, text)
+
+
 def _read_options(argv, options, only=None):
     """Command line -> {option name: value}, the last of a name wins; `only`: leave all other options for later."""
-    values, position = {}, 0
-    while position < len(argv):
-        token, position = _typed_in_chinese(argv[position]), position + 1
-        name, has_value, text = token.removeprefix("--").partition("=")
-        follows = position < len(argv) and not argv[position].startswith("-")
-        known = token.startswith("--") and name in options
-        if not has_value and follows and token.startswith("-"):
-            text, position = argv[position], position + 1
+    values = {}
+    for token, name, text in _arguments(argv):
         if only is not None and name not in only:
             continue
-        if not known:
+        if not token.startswith("--") or name not in options:
             raise UserError(unknown_option(token, options))
-        option = options[name]
-        if not has_value and not follows:
-            if option.kind != "bool" and name not in BARE_MEANS_TRUE:
-                raise UserError(f"--{name}: expected a value; one that starts with - needs the =: --{name}=-…")
-            text = "True"
-        try:
-            values[name] = value_of(text, option.kind)
-        except ValueError:
-            kind = option.kind.replace("bool", "bool (True or False)")
-            raise UserError(f"--{name}: expected {kind}, got {text!r}") from None
+        values[name] = _option_value(name, options[name], text)
     return values
+
+
+def _option_value(name, option, text):
+    """The value of an option from its text, None where it stands alone; UserError where that is no value of its kind."""
+    if text is None and option.kind != "bool" and name not in BARE_MEANS_TRUE:
+        raise UserError(f"--{name}: expected a value; one that starts with - needs the =: --{name}=-…")
+    try:
+        return value_of("True" if text is None else text, option.kind)
+    except ValueError:
+        kind = option.kind.replace("bool", "bool (True or False)")
+        raise UserError(f"--{name}: expected {kind}, got {text!r}") from None
 
 
 def _typed_in_chinese(token):
