@@ -37,6 +37,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.folders import check_writable, hint_of_folders
 from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.convert import Task, convert
+from alpaca.corpora.formats import FORMATS, detect_format
 from alpaca.corpora.json_lines import COLUMNS
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels, refuse_unknown_types
 from alpaca.corpora.long_texts import cut_long
@@ -52,7 +53,7 @@ CONFIG = {
     "dev_file": None,  # raw dev data; None: data/<data_name>/ori_data/dev.txt if there is one
     "test_file": None,  # raw test data; None: data/<data_name>/ori_data/test.txt if there is one
     "dev_size": 0,  # sentences to move from the training to the dev data, at random; only where there is no dev file
-    "format": "auto",  # format of the raw data: jsonl | bio | auto (seen from the first line)
+    "format": "auto",  # format of the raw data: auto | brat | conll | bio | labelstudio | labelstudio_min | characters | doccano | cmeee | spans | jsonl
     "ends": "exclusive",  # what `end` counts in an entity_list: exclusive | inclusive (the entity's last character)
     "instruct": INSTRUCT,  # instruction of every example; {labels}: the types' names joined by 、, a typed \n: a newline
     "query_prefix": QUERY_PREFIX,  # what stands before the text in a query
@@ -171,13 +172,15 @@ def cut_parts(parts, task, args):
 
 
 def read_corpora(files, task, args):
-    """{name: path} -> ({name: examples}, Problems); UserError for entity types that have no name."""
+    """{name: path} -> ({name: examples}, Problems, {path: format}); UserError for entity types that have no name."""
     problems = Problems()
-    parts = {name: convert(file, args.format, task, problems, args.ends) for name, file in files.items() if file}
+    paths = {name: file for name, file in files.items() if file}
+    forms = {file: detect_format(file) if args.format == "auto" else args.format for file in paths.values()}
+    parts = {name: convert(file, forms[file], task, problems, args.ends) for name, file in paths.items()}
     refuse_unknown_types(task.labels, problems.unknown_types, problems.used_types)
     if "dev" not in parts:
         parts["train"], parts["dev"] = split_off(parts["train"], args.dev_size, args.seed)
-    return parts, problems
+    return parts, problems, forms
 
 
 def main(args):
@@ -188,8 +191,8 @@ def main(args):
         audit((folder / "train.txt", folder / "dev.txt"), tokenizer, args.max_seq_length, columns, out=sys.stdout)
         return
     labels = read_labels(args.labels)
-    if args.format not in ("auto", "jsonl", "bio"):
-        raise UserError(f"--format: expected auto, jsonl or bio, got {args.format!r}")
+    if args.format != "auto" and args.format not in FORMATS:
+        raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {args.format!r}")
     if args.ends not in ("exclusive", "inclusive"):
         raise UserError(f"--ends: expected exclusive or inclusive, got {args.ends!r}")
     names = list(dict.fromkeys(filter(None, labels.values())))  # two tags may mean one type
@@ -199,7 +202,7 @@ def main(args):
     rehearse_file = Path("data") / args.data_name / "ori_data" / "rehearse.txt"
     rehearsal = read_rehearsal(rehearse_file)
     task = Task(labels, instruct, args.query_prefix)
-    parts, problems = read_corpora(files, task, args)
+    parts, problems, forms = read_corpora(files, task, args)
     parts["train"], leaks = remove_leaks(parts, args.keep_leaked)
     if not parts["train"]:
         raise UserError(f"{files['train']}: dev and test hold every sentence of it; give others or pass --keep_leaked")
@@ -208,6 +211,7 @@ def main(args):
     write_examples({folder / f"{name}.txt": part + rehearsal * (name == "train") for name, part in parts.items()})
     for name, part in parts.items():
         print(summary(folder / f"{name}.txt", part, names))
+    print("格式：" + "，".join(f"{file} 是 {form}" for file, form in forms.items()))
     if rehearsal:
         share = len(rehearsal) / (len(rehearsal) + len(parts["train"]))
         print(f"别的任务：{rehearse_file} 的 {len(rehearsal)} 条也写进了 train.txt，占 {share:.1%}")

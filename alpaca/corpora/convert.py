@@ -6,10 +6,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from alpaca.common.errors import UserError
-from alpaca.common.text_files import read_lines
-from alpaca.corpora.json_lines import read_json_sentences
+from alpaca.corpora.formats import read_corpus
 from alpaca.corpora.offsets import other_counts, refuse_misfits, stands_at
-from alpaca.corpora.tagged_columns import is_heading, read_tagged_sentences, split_columns
 from dataset import format_answer
 
 INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # zero-width blanks and marks, the soft hyphen
@@ -21,19 +19,6 @@ class Task(NamedTuple):
     labels: dict  # the corpus's tag -> the name of the type in answers, None: left out
     instruct: str
     query_prefix: str
-
-
-def detect_format(path):
-    """ "jsonl" or "bio", by the first line that is neither empty nor a heading."""
-    lines = (line for _, line in read_lines(path) if line.strip())
-    line = next((line for line in lines if not is_heading(line)), "")
-    if split_columns(line):
-        return "bio"
-    if line.lstrip().startswith("{"):
-        return "jsonl"
-    raise UserError(
-        f"{path}: neither JSON lines nor 字<tab>标签, the first line is {line[:40]!r}; see process.py --help"
-    )
 
 
 def example_of_sentence(sentence, path, task, problems):
@@ -67,15 +52,12 @@ def example_of_sentence(sentence, path, task, problems):
 
 
 def convert(path, form, task, problems, ends="exclusive"):
-    """A corpus file -> list of examples, in the order of the file.
+    """A corpus -> list of examples, in the order of the file.
 
-    form: auto or a format; ends: whether the end of an entity in JSON lines is the character behind it (exclusive) or
+    form: a name of FORMATS; ends: whether the end of an entity in JSON lines is the character behind it (exclusive) or
     its last one (inclusive).
     """
-    form = detect_format(path) if form == "auto" else form
-    if ends == "inclusive" and form != "jsonl":
-        raise UserError(f"--ends=inclusive: only JSON lines with an entity_list can be read so, and {path} is {form}")
-    sentences = read_json_sentences(path, ends) if form == "jsonl" else read_tagged_sentences(path, problems)
+    sentences = read_corpus(path, form, problems, ends)
     examples, marks, misfits = [], 0, []
     for sentence in tqdm(sentences, desc=str(path), unit=" 句", delay=1, disable=None):
         if sentence.text.strip():
@@ -83,7 +65,7 @@ def convert(path, form, task, problems, ends="exclusive"):
             misfits += [
                 (sentence.text, m) for m in sentence.marks if not stands_at(sentence.text, m.begin, m.end, m.entity)
             ]
-            examples.append(example_of_sentence(sentence, path, task, problems))
+            examples.append(example_of_sentence(sentence, sentence.path or path, task, problems))
         else:
             problems.add("empty", path, sentence.line, repr(sentence.text))
     refuse_misfits(path, marks, misfits)

@@ -1,16 +1,16 @@
 """JSON-lines corpora: one sentence with its entities a line."""
 
 from alpaca.common.errors import UserError
-from alpaca.common.text_files import read_jsonl
+from alpaca.corpora.records import read_records
 from alpaca.corpora.sentences import Mark, Sentence
 
 COLUMNS = ("instruct", "query", "answer")
 
 
 def read_json_sentences(path, ends="exclusive"):
-    """Yield each Sentence of a JSON-lines corpus. ends: inclusive where an entity_list's end is the last character."""
+    """Yield each Sentence of JSON lines, or of an array of such objects. ends: inclusive where an entity_list's end is the last character."""
     behind = int(ends == "inclusive")
-    for number, record in read_jsonl(path):
+    for number, record in read_records(path):
         try:
             text = record["text"]
             if "label" in record and "entity_list" not in record:  # CLUENER's

@@ -16,6 +16,18 @@ REMARKS = {
     "left_out": "不要的类型的实体（--labels=标签:）",
     "heading": "注释和 -DOCSTART- 行（已跳过）",
     "columns": "多于两列（第一列是字，最后一列是标签，其余不用）",
+    "discontinuous": "不连续的实体（已从答案去掉）",
+    "region": "没有标签或不是文本区间的标注（不读）",
+    "relation": "关系和事件（不读）",
+    "attribute": "属性和备注（不读）",
+    "choice": "整句的分类、评分和文字（不读）",
+    "annotators": "标注不止一份的句子（只取一份）",
+    "skipped": "跳过或拒绝的任务（不读）",
+    "unannotated": "还没有标注的任务（不读）",
+    "preannotated": "只有预标注的任务（当作标注读）",
+    "utf16": "下标按 UTF-16 数的实体（已换算）",
+    "crlf": "Windows 换行的文档（已换算）",
+    "blank": "英文词之间丢失的空格（已补上）",
     "invisible": "含零宽字符的句子（照原样保留）",
 }
 

@@ -19,3 +19,4 @@ class Sentence(NamedTuple):
     line: int  # where in the file it begins, from 1
     text: str
     marks: list  # of Mark, in the order of the file
+    path: object = None  # the file they stand in, where it is not the one that was named

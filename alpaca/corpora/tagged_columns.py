@@ -13,6 +13,7 @@ from alpaca.common.text_files import read_lines
 from alpaca.corpora.sentences import Mark, Sentence
 
 TAG = re.compile(r"O|([BIMESLU])[-_](.+)")  # BIO, BMES(O), BIOES, BILOU
+LATIN = re.compile("[A-Za-z0-9]")
 DOCUMENT = "-DOCSTART-"  # CoNLL's token where a document begins
 
 
@@ -90,8 +91,15 @@ def read_tagged_sentences(path, problems):
 
 
 def join_tokens(rows, path, problems):
-    """[(line number, token, tag)] of one sentence -> Sentence."""
-    numbers, tokens, tags = zip(*rows, strict=True)
+    """[(line number, token, tag)] of one sentence -> Sentence. Blanks between Latin words are put back, and counted."""
+    spaced = []
+    for number, token, tag in rows:
+        before = spaced[-1][1] if spaced else ""
+        if LATIN.match(before[-1:]) and LATIN.match(token) and len(before + token) > 2:  # not two single letters
+            spaced.append((number, " ", f"I-{tag[2:]}" if tag[0] in "IMEL" else "O"))
+            problems["blank"] += 1
+        spaced.append((number, token, tag))
+    numbers, tokens, tags = zip(*spaced, strict=True)
     text, ends = "".join(tokens), [0, *accumulate(map(len, tokens))]
     marks = []
     for span in decode_tags(tags):

@@ -1,0 +1,56 @@
+"""Prodigy's and spaCy's JSON, ends exclusive.
+
+{"text": "…", "spans": [{"start": 4, "end": 7, "label": "PER"}], "answer": "accept"}      Prodigy; spaCy: `ents`
+["…", {"entities": [[4, 7, "PER"]]}]                                                       spaCy's training data
+"""
+
+from alpaca.corpora.records import checked_mark, checked_text, read_sentences
+from alpaca.corpora.sentences import Sentence
+
+KEYS = ("spans", "ents", "entities")
+
+
+def is_spans(head):
+    return any(_is_pair(record) or isinstance(record, dict) and _is_record(record) for record in head.records)
+
+
+def _is_pair(record):
+    return isinstance(record, list) and len(record) == 2 and isinstance(record[0], str) and isinstance(record[1], dict)
+
+
+def _is_record(record):
+    if "text" in record and isinstance(record.get("spans"), list):
+        return True
+    spans = [span for key in KEYS if isinstance(record.get(key), list) for span in record[key]]
+    return any(isinstance(span, dict) and {"start", "end"} <= span.keys() for span in spans)
+
+
+def read_spans(path, problems):
+    """Yield each Sentence; what was rejected, ignored or comes from another annotator is left out and counted."""
+    seen = set()
+
+    def read_one(path, line, record, problems):
+        if _is_pair(record):
+            text, spans = record[0], record[1]["entities"]
+            return Sentence(line, text, [checked_mark(path, line, text, *span) for span in spans])
+        if record.get("answer", "accept") != "accept":
+            problems.add("skipped", path, line, f"answer {record['answer']!r}")
+            return None
+        example = record.get("_input_hash")  # the same for every annotator of a text
+        if example is not None and example in seen:
+            problems.add("annotators", path, line, f"_annotator_id {record.get('_annotator_id')!r}")
+            return None
+        seen.add(example)
+        text = checked_text(path, line, record["text"])
+        spans = record[next((key for key in KEYS if key in record), "spans")]
+        problems["relation"] += len(record.get("relations") or ())
+        problems["choice"] += len(record.get("accept") or ())
+        return Sentence(line, text, [_mark(path, line, text, span) for span in spans])
+
+    yield from read_sentences(path, problems, read_one)
+
+
+def _mark(path, line, text, span):
+    tag = next((span[key] for key in ("label", "type", "entity_type") if key in span), None)
+    stated = next((span[key] for key in ("text", "entity", "word") if key in span), None)
+    return checked_mark(path, line, text, span["start"], span["end"], tag, stated)
