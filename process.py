@@ -37,6 +37,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.folders import check_writable, hint_of_folders
 from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.convert import Task, convert
+from alpaca.corpora.export import export_predictions, newest_predictions
 from alpaca.corpora.formats import FORMATS, detect_format
 from alpaca.corpora.json_lines import COLUMNS
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels, refuse_unknown_types
@@ -60,6 +61,8 @@ CONFIG = {
     "labels": DEFAULT_LABELS,  # TAG:NAME: a type's raw tag, its name in answers; no _ in NAME; TAG: without a name leaves the type out
     "keep_leaked": False,  # True: training sentences that the dev data holds too are kept | False: they are left out
     "seed": 42,  # random seed of the choice of dev_size sentences
+    "export": None,  # doccano | labelstudio | brat: write predictions for that tool, and nothing else
+    "predictions": None,  # for export: predictions.jsonl to write; None: the one below checkpoint/<data_name>/ written last
     "audit_only": False,  # True: write nothing, only check data/<data_name>/instruct_data/ as the trainers do
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # folder of the model whose tokenizer counts the tokens
     "max_seq_length": 512,  # most tokens of prompt + answer: longer texts are cut at sentence ends
@@ -191,6 +194,10 @@ def main(args):
         audit((folder / "train.txt", folder / "dev.txt"), tokenizer, args.max_seq_length, columns, out=sys.stdout)
         return
     labels = read_labels(args.labels)
+    if args.export:
+        source = args.predictions or newest_predictions(args.data_name)
+        print(*export_predictions(args.export, source, labels), sep="\n")
+        return
     if args.format != "auto" and args.format not in FORMATS:
         raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {args.format!r}")
     if args.ends not in ("exclusive", "inclusive"):

@@ -1,6 +1,7 @@
 """python -m pytest tests/corpora/test_exports.py: what annotators' tools export through process.py, and back to them."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -423,3 +424,187 @@ def test_another_format_by_force_is_read_or_an_error(name):
             assert list(read_corpus(path, form, Problems())), form
         except UserError as error:
             assert path.stem in str(error), form
+
+
+def rows(count=50):
+    """Rows as predict.py writes them: a person twice, a place in the other half, an emoji in every fifth text."""
+    made = []
+    for i in range(count):
+        person, place = ["王明", "李华"][i % 2], ["北京", "上海"][i // 2 % 2]
+        text = f"{'🌧' * (i % 5 == 0)}第{i}天，{person}在{place}见到{person}。"
+        found = [(person, "人名")] + [(place, "地名")] * (i < count // 2)
+        entities = [
+            {"entity": entity, "type": kind, "spans": spans_of(text, entity), "confidence": 0.9}
+            for entity, kind in found
+        ]
+        prediction = "\n".join(f"{entity}_{kind}" for entity, kind in found)
+        made.append({"text": text, "prediction": prediction, "entities": entities, "log_probability": -0.1})
+    return made
+
+
+def spans_of(text, entity):
+    return [[i, i + len(entity)] for i in range(len(text)) if text.startswith(entity, i)]
+
+
+def predicted(row):
+    """A row in the shape of `entities`."""
+    found = [(e["entity"], e["type"], *span) for e in row["entities"] for span in e["spans"]]
+    return row["text"], sorted(found, key=lambda entity: entity[2:])
+
+
+# A person corrects three sentences in the exported file: of 3 the first mark goes, of 10 it becomes an ORG, 40 gets one
+# at its first two characters behind an emoji.
+
+
+def corrected(marks, i):
+    """The marks of sentence i, (begin, end, tag), as the person leaves them."""
+    if i == 3:
+        return marks[1:]
+    if i == 10:
+        return [(*marks[0][:2], "ORG"), *marks[1:]]
+    return [(1, 3, "LOC"), *marks] if i == 40 else marks
+
+
+def correct_doccano(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    for i, record in enumerate(records):
+        record["label"] = [list(mark) for mark in corrected([tuple(label) for label in record["label"]], i)]
+    path.write_text("\n".join(map(dumped, records)), encoding="utf-8")
+
+
+def correct_label_studio(path, submit=False):
+    tasks = json.loads(path.read_text(encoding="utf-8"))
+    for i, one in enumerate(tasks):
+        (prediction,) = one["predictions"]
+        marks = [(v["start"], v["end"], v["labels"][0]) for v in (region["value"] for region in prediction["result"])]
+        values = [
+            {"start": begin, "end": end, "text": one["data"]["text"][begin:end], "labels": [tag]}
+            for begin, end, tag in corrected(marks, i)
+        ]
+        result = [{"type": "labels", "from_name": "label", "to_name": "text", "value": value} for value in values]
+        if submit:
+            one["annotations"] = [{"id": i, "was_cancelled": False, "result": result}]
+        else:
+            prediction["result"] = result
+    path.write_text(json.dumps(tasks, indent=2), encoding="utf-8")
+
+
+def submit_label_studio(path):
+    """What comes back from Label Studio: the predictions as they were, beside what the person submitted."""
+    correct_label_studio(path, submit=True)
+
+
+def correct_brat(path):
+    text, ann = path / "0001.txt", path / "0001.ann"
+    lines, marks = text.read_text(encoding="utf-8").splitlines(), ann.read_text(encoding="utf-8").splitlines()
+    starts = [sum(len(line) + 1 for line in lines[:i]) for i in range(len(lines))]
+    rows = [mark.split("\t") for mark in marks]
+    first = {}
+    for row in rows:
+        begin = int(row[1].split()[1])
+        first.setdefault(max(i for i, start in enumerate(starts) if start <= begin), row)
+    rows.remove(first[3])
+    first[10][1] = "ORG" + first[10][1][3:]
+    rows.append(["T999", f"LOC {starts[40] + 1} {starts[40] + 3}", lines[40][1:3]])
+    ann.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "tool, path, correct, counted",
+    [
+        ("doccano", "p.doccano.jsonl", correct_doccano, {}),
+        ("labelstudio", "p.labelstudio.json", correct_label_studio, {"只有预标注的任务（当作标注读）": 50}),
+        ("labelstudio", "p.labelstudio.json", submit_label_studio, {}),
+        ("brat", "p.brat", correct_brat, {}),
+    ],
+)
+def test_the_loop(tool, path, correct, counted, capsys):
+    """Predictions of 50 sentences go to the tool, three are corrected there, and those three differ when read again."""
+    write("p.jsonl", "".join(dumped(row) + "\n" for row in rows()))
+    run_script(main, CONFIG, str(PROCESS), [f"--export={tool}", "--predictions=p.jsonl"])
+    assert capsys.readouterr().out.startswith(f"{path}：50 句，125 个预标注，来自 p.jsonl\n")
+    before = [predicted(row) for row in rows()]
+    assert entities(process(path)) == before
+    correct(Path(path))
+    capsys.readouterr()
+    after = entities(process(path))
+    out = capsys.readouterr().out
+    assert f"{path} 是 {tool}，" in out and left_out(out) == counted
+    assert [i for i, (old, new) in enumerate(zip(before, after, strict=True)) if old != new] == [3, 10, 40]
+    assert after[3] == (before[3][0], before[3][1][1:])
+    assert after[10] == (before[10][0], [("王明", "机构名", *before[10][1][0][2:]), *before[10][1][1:]])
+    assert after[40] == (before[40][0], [("第4", "地名", 1, 3), *before[40][1]])
+
+
+def test_what_label_studio_imports():
+    """Predictions with scores; a text that was not answered is a task without any."""
+    unanswered = {"text": "雪", "prediction": None, "entities": []}
+    write("p.jsonl", "".join(dumped(row) + "\n" for row in [rows()[49], unanswered]))
+    run_script(main, CONFIG, str(PROCESS), ["--export=labelstudio", "--predictions=p.jsonl"])
+    first, second = json.loads(Path("p.labelstudio.json").read_text(encoding="utf-8"))
+    (prediction,) = first["predictions"]
+    assert prediction["score"] == 0.9048 and len(prediction["result"]) == 2
+    assert prediction["result"][0] == {
+        "id": "e1",
+        "from_name": "label",
+        "to_name": "text",
+        "type": "labels",
+        "value": {"start": 5, "end": 7, "text": "李华", "labels": ["PER"]},
+        "score": 0.9,
+    }
+    assert second == {"data": {"text": "雪"}}
+
+
+def test_the_newest_predictions_are_exported(capsys):
+    for age, name in ((20, "train_trainer"), (10, "shipped")):
+        path = write(f"checkpoint/t/{name}/predictions.jsonl", dumped({"text": name, "entities": []}) + "\n")
+        os.utime(path, (1e9 - age, 1e9 - age))
+    run_script(main, CONFIG, str(PROCESS), ["--data_name=t", "--export=doccano"])
+    assert json.loads(Path("checkpoint/t/shipped/predictions.doccano.jsonl").read_text())["text"] == "shipped"
+    assert list(Path("checkpoint/t/train_trainer").iterdir()) == [Path("checkpoint/t/train_trainer/predictions.jsonl")]
+
+
+ENTITY = {"entity": "雪", "type": "人名", "spans": [[0, 1]]}
+
+
+@pytest.mark.parametrize(
+    "row, argv, parts",
+    [
+        (
+            {"text": "雪", "entities": []},
+            ["--export=excel"],
+            ["--export: expected doccano, labelstudio, brat, got 'excel'"],
+        ),
+        ({"text": "雪", "entities": []}, ["--predictions=none.jsonl"], ["none.jsonl: no such file"]),
+        ({"text": "雪", "entities": []}, ["--predictions=", "--data_name=x"], ["checkpoint/x: no predictions.jsonl"]),
+        (
+            {"text": "雪", "entities": [{**ENTITY, "type": "时间"}]},
+            [],
+            ["p.jsonl:1: types without a tag", ",时间:时间"],
+        ),
+        ({"text": "雪", "entities": [{**ENTITY, "spans": [[0, 9]]}]}, [], ["p.jsonl:1: not a row that predict.py"]),
+        ({"text": "雪", "entities": [{**ENTITY, "spans": [[0.0, 1]]}]}, [], ["p.jsonl:1: not a row that predict.py"]),
+        ({"text": "雪", "entities": [{**ENTITY, "spans": [3]}]}, [], ["p.jsonl:1: not a row that predict.py"]),
+        ({"text": ["雪"], "entities": [ENTITY]}, [], ["p.jsonl:1: not a row that predict.py"]),
+        ({"text": "雪", "entity_list": []}, [], ["p.jsonl:1: not a row that predict.py"]),
+        ({"text": "雪\n雨", "entities": []}, ["--export=brat"], ["p.jsonl: row 1", "--export=doccano"]),
+        ({"text": "雪", "entities": []}, ["--export=brat", "--labels=A B:人名"], ["--labels", "'A B'"]),
+    ],
+)
+def test_bad_predictions_are_one_line(row, argv, parts, capsys):
+    write("p.jsonl", dumped(row) + "\n")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main, CONFIG, str(PROCESS), ["--export=doccano", "--predictions=p.jsonl", *argv])
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    assert all(part in err for part in parts), err
+    assert [path.name for path in Path().iterdir()] == ["p.jsonl"]
+
+
+def test_an_export_is_not_written_over(capsys):
+    write("p.jsonl", dumped(rows()[0]) + "\n")
+    path = write("p.doccano.jsonl", "corrected")
+    with pytest.raises(SystemExit, match="2"):
+        run_script(main, CONFIG, str(PROCESS), ["--export=doccano", "--predictions=p.jsonl"])
+    assert "p.doccano.jsonl: is there already" in capsys.readouterr().err and path.read_text() == "corrected"
