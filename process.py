@@ -3,13 +3,15 @@
     python process.py
     python process.py --data_name=msra --train_file=msra_train.txt --dev_file=msra_dev.txt
     python process.py --data_name=mine --dev_size=500 --labels=PER:人名,LOC:地名,ORG:机构名,TIME:时间
+    python process.py --export=doccano                             # predictions, to be corrected in a tool
     python process.py --data_name=mine --audit_only=True           # check what it wrote, as the trainers will
 
-Reads data/<data_name>/ori_data/{train,dev,test}.txt (test.txt if there is one), in one of two formats:
+Reads data/<data_name>/ori_data/{train,dev,test}.txt (test.txt if there is one), or the files named, in one of these formats:
 
     jsonl  {"text": "…", "entity_list": [{"entity_index": {"begin": 3, "end": 4}, "entity_type": "LOC", "entity": …}]}
            or CLUENER's {"text": "…", "label": {"address": {"北京": [[3, 4]]}}}, where end is the last character
     bio    one `字<tab or space>标签` a line, an empty line after each sentence; BIO, BMES(O) or BIOES tags
+    or what doccano, Label Studio, brat and others export: docs/en/data.md lists the formats, and what is left out of each
 
 Writes the same names in data/<data_name>/instruct_data/, one object a line; offsets are characters, end exclusive:
 

@@ -9,7 +9,7 @@ The ends are exclusive. Projects of older versions write `labels`; intent detect
 """
 
 from alpaca.common.errors import UserError
-from alpaca.corpora.records import checked_mark, checked_text, read_sentences
+from alpaca.corpora.records import checked_mark, checked_text, marked_spans, read_sentences
 from alpaca.corpora.sentences import Sentence
 
 KEYS = ("label", "labels", "entities")
@@ -41,9 +41,8 @@ def _sentence(path, line, record, problems):
     if "annotations" in record:
         raise UserError(f"{path}:{line}: the labels are numbers; let doccano export JSONL with text labels")
     text = checked_text(path, line, record["text"])
-    spans = record[next((key for key in KEYS if key in record), "label")]
     marks = []
-    for span in spans:
+    for span in marked_spans(path, line, record, KEYS):
         if isinstance(span, dict):
             begin, end, tag = span["start_offset"], span["end_offset"], span["label"]
         else:

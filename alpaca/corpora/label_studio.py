@@ -111,9 +111,9 @@ def is_label_studio_min(head):
 
 def _regions(value):
     """The regions that a value of JSON_MIN lists; [] where it is something else."""
-    if not isinstance(value, list) or not all(isinstance(item, dict) and "labels" in item for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return []
-    return [item for item in value if {"start", "end"} <= item.keys()]
+    return value if any({"start", "end", "labels"} <= item.keys() for item in value) else []
 
 
 def read_label_studio_min(path, problems):
@@ -127,10 +127,9 @@ def read_label_studio_min(path, problems):
             return None
         seen.add(task)
         text, marks = _text(path, line, record, OF_THE_TASK), []
-        for value in record.values():
+        for name, value in record.items():
             regions = _regions(value)
-            for region in regions:
-                marks += _marks_of_region(path, line, text, region, problems)
+            marks += _marks(path, line, text, [{"type": name, "value": region} for region in regions], problems)
             if not regions and value and isinstance(value, list | dict):
                 problems["choice"] += 1
         return Sentence(line, text, marks)

@@ -80,6 +80,14 @@ def read_sentences(path, problems, read_one):
             yield sentence
 
 
+def marked_spans(path, line, record, keys):
+    """The list that a record holds under one of the keys; UserError where two hold some, KeyError where there is none."""
+    found = [key for key in keys if record.get(key)] or [key for key in keys if key in record]
+    if len(found) > 1 and record[found[0]] != record[found[1]]:
+        raise UserError(f"{path}:{line}: both {found[0]!r} and {found[1]!r} hold entities; leave one out")
+    return record[found[0] if found else keys[0]]
+
+
 def checked_text(path, line, text):
     """A record's text, as it is; UserError where it is none."""
     if not isinstance(text, str):

@@ -4,7 +4,7 @@
 ["…", {"entities": [[4, 7, "PER"]]}]                                                       spaCy's training data
 """
 
-from alpaca.corpora.records import checked_mark, checked_text, read_sentences
+from alpaca.corpora.records import checked_mark, checked_text, marked_spans, read_sentences
 from alpaca.corpora.sentences import Sentence
 
 KEYS = ("spans", "ents", "entities")
@@ -42,7 +42,7 @@ def read_spans(path, problems):
             return None
         seen.add(example)
         text = checked_text(path, line, record["text"])
-        spans = record[next((key for key in KEYS if key in record), "spans")]
+        spans = marked_spans(path, line, record, KEYS)
         problems["relation"] += len(record.get("relations") or ())
         problems["choice"] += len(record.get("accept") or ())
         return Sentence(line, text, [_mark(path, line, text, span) for span in spans])

@@ -319,6 +319,13 @@ def test_latin_words_in_conll(capsys):
     assert left_out(capsys.readouterr().out) == {"英文词之间丢失的空格（已补上）": 1}
 
 
+def test_regions_without_a_label_in_json_min(capsys):
+    """Beside labelled ones they are counted, and the labelled ones stay."""
+    rows = [{"id": 1, "text": TEXT, "label": [{"start": 0, "end": 1, "text": "上"}, REGION]}]
+    assert entities(process(write("a.json", dumped(rows)))) == ONE
+    assert left_out(capsys.readouterr().out) == {"没有标签或不是文本区间的标注（不读）": 1}
+
+
 BAD = {  # name: (files, what is named as --train_file, parts of the error)
     "no text": ({"a.ann": ANN}, "a.ann", ["a.ann: a.txt is missing"]),
     "no ann": ({"d/a.txt": "雪"}, "d", ["d: no .ann file in this folder"]),
@@ -358,7 +365,7 @@ BAD = {  # name: (files, what is named as --train_file, parts of the error)
     "a start": (
         {"a.json": dumped([{"text": "雪", "label": [{**REGION, "start": "4"}]}])},
         "a.json",
-        ["must be integers"],
+        ["read as labelstudio_min, but no entity", "不是文本区间"],
     ),
     "old doccano": (
         {"a.jsonl": '{"text": "雪", "annotations": [{"label": 5, "start_offset": 0, "end_offset": 1, "user": 1}]}'},
@@ -369,6 +376,11 @@ BAD = {  # name: (files, what is named as --train_file, parts of the error)
         {"a.jsonl": '{"text": "雪", "label": [[0, 1, "PER"]]}\n{"text": "雪", "label": [[0, 1]]}'},
         "a.jsonl",
         ["a.jsonl:2: wrong nesting"],
+    ),
+    "two lists": (
+        {"a.jsonl": '{"text": "雪", "label": [[0, 1, "PER"]], "entities": [[0, 1, "LOC"]]}'},
+        "a.jsonl",
+        ["a.jsonl:1: both 'label' and 'entities' hold entities"],
     ),
     "a null label": ({"a.jsonl": '{"text": "雪", "label": [[0, 1, null]]}'}, "a.jsonl", ["a.jsonl:1: type and entity"]),
     "half an emoji": (
