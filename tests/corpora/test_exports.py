@@ -573,7 +573,10 @@ def test_the_newest_predictions_are_exported(capsys):
         path = write(f"checkpoint/t/{name}/predictions.jsonl", dumped({"text": name, "entities": []}) + "\n")
         os.utime(path, (1e9 - age, 1e9 - age))
     run_script(main, CONFIG, str(PROCESS), ["--data_name=t", "--export=doccano"])
-    assert json.loads(Path("checkpoint/t/shipped/predictions.doccano.jsonl").read_text())["text"] == "shipped"
+    assert (
+        json.loads(Path("checkpoint/t/shipped/predictions.doccano.jsonl").read_text(encoding="utf-8"))["text"]
+        == "shipped"
+    )
     assert list(Path("checkpoint/t/train_trainer").iterdir()) == [Path("checkpoint/t/train_trainer/predictions.jsonl")]
 
 
