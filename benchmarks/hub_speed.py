@@ -33,7 +33,7 @@ start()
 
 from alpaca.common.errors import UserError
 from alpaca.weights.llama_layout import config_of, expected_shapes
-from alpaca.weights.model_writer import computed, progress, save_pth, specs_of, write_json
+from alpaca.weights.pth_writer import computed, progress, save_pth, specs_of, write_json
 from config_utils import run_script
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,11 +22,11 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
+from alpaca.models.base_files import read_json, read_meta
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, show
-from alpaca.weights.llama_files import read_json, read_meta
 from alpaca.weights.llama_layout import expected_shapes, from_meta
-from alpaca.weights.model_writer import computed, new_folder, progress, save_huggingface, specs_of
+from alpaca.weights.pth_writer import computed, new_folder, progress, save_huggingface, specs_of
 from config_utils import run_script
 
 CONFIG = {

@@ -27,12 +27,12 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
+from alpaca.models.adapter_files import add_adapters, read_adapter, weights_file
+from alpaca.models.base_files import read_base
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, sha256_of, show
-from alpaca.weights.llama_files import read_base
 from alpaca.weights.llama_layout import EMBEDDING, HEAD, count_files, dims, params_of
-from alpaca.weights.lora_adapters import add_adapters, read_adapter, weights_file
-from alpaca.weights.model_writer import computed, new_folder, progress, save_huggingface, save_pth, specs_of
+from alpaca.weights.pth_writer import computed, new_folder, progress, save_huggingface, save_pth, specs_of
 from config_utils import load_config, run_script
 from dataset import BOS, EOS
 

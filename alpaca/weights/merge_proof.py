@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alpaca.answering.generate import generate
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
+from alpaca.models.base_files import read_meta
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import EMBEDDING, from_meta
 from dataset import INSTRUCT, build_prompt, encode_prompts
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from alpaca.common.errors import UserError
-from alpaca.weights.llama_files import read_json, read_tensors
+from alpaca.models.base_files import read_json, read_tensors
 from alpaca.weights.llama_layout import dims
 
 # Settings of adapter_config.json that are honoured here, or that say nothing about the trained weights. Any other one
