@@ -32,8 +32,11 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
-from alpaca.weights.llama_layout import config_of, expected_shapes
-from alpaca.weights.pth_writer import computed, progress, save_pth, specs_of, write_json
+from alpaca.models.base_files import expected_shapes
+from alpaca.weights.llama_layout import config_of
+from alpaca.weights.output_folder import write_json
+from alpaca.weights.pth_writer import save_pth
+from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,8 +76,8 @@ def make_inputs(work, layers):
         (work / name).mkdir(parents=True)
     make_tokenizer(work / "base.model", 32000)
     specs = specs_of(shapes, dict.fromkeys(shapes, torch.float16))
-    tensors = computed((name, partial(random, shape)) for name, shape in shapes.items())
-    save_pth(work / "7B", config, specs, progress(tensors, specs, "random 7B"), work / "base.model", 1)
+    tensors = compute_ahead((name, partial(random, shape)) for name, shape in shapes.items())
+    save_pth(work / "7B", config, specs, with_byte_bar(tensors, specs, "random 7B"), work / "base.model", 1)
     for name, (rows, rank, alpha) in LORAS.items():
         prefix = "base_model.model."
         tensors = {f"{prefix}{module}.weight": random((rows, 4096)) for module in ("model.embed_tokens", "lm_head")}

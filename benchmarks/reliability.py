@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from alpaca.models.adapters import adapter_or_old, adapter_shapes
+from alpaca.models.adapter_files import adapter_shapes
+from alpaca.models.adapters import adapter_or_old
 from alpaca.training.checkpoints import complete_checkpoints
 from config_utils import run_script
 from harness import make_records, read_log, write_jsonl

@@ -22,11 +22,14 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import read_json, read_meta
+from alpaca.models.base_files import expected_shapes, read_json
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
-from alpaca.weights.checksums import hash_in_background, show
-from alpaca.weights.llama_layout import expected_shapes, from_meta
-from alpaca.weights.pth_writer import computed, new_folder, progress, save_huggingface, specs_of
+from alpaca.weights.checksums import hash_in_background, print_sum
+from alpaca.weights.llama_files import read_meta
+from alpaca.weights.llama_layout import from_meta
+from alpaca.weights.output_folder import new_folder
+from alpaca.weights.safetensors_writer import save_huggingface
+from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import run_script
 
 CONFIG = {
@@ -83,12 +86,12 @@ def main(args):
     output_dir = args.output_dir or f"./{args.model_size}-hf"
     specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
-    stream = closing(progress(computed(jobs), specs, "转换"))
+    stream = closing(with_byte_bar(compute_ahead(jobs), specs, "转换"))
     with new_folder(output_dir, "huggingface", specs, inputs=[folder, args.input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])
         save_huggingface(work, config, specs, tensors, tokenizer)
         for path, digest in sums.items():
-            show(path, digest.result())
+            print_sum(path, digest.result())
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
     print(f"已写入 {output_dir}：{size:,} 字节，来自 {len(files)} 个权重文件，{seconds:.1f} 秒")
 

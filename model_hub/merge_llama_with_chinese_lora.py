@@ -27,12 +27,16 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
-from alpaca.models.adapter_files import add_adapters, read_adapter, weights_file
-from alpaca.models.base_files import read_base
+from alpaca.models.adapter_files import read_adapter, weights_file
+from alpaca.models.base_files import EMBEDDING, HEAD, dims, read_base
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
-from alpaca.weights.checksums import PUBLISHED, hash_in_background, sha256_of, show
-from alpaca.weights.llama_layout import EMBEDDING, HEAD, count_files, dims, params_of
-from alpaca.weights.pth_writer import computed, new_folder, progress, save_huggingface, save_pth, specs_of
+from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
+from alpaca.weights.llama_layout import count_files, params_of
+from alpaca.weights.lora_adapters import add_adapters
+from alpaca.weights.output_folder import new_folder
+from alpaca.weights.pth_writer import save_pth
+from alpaca.weights.safetensors_writer import save_huggingface
+from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import load_config, run_script
 from dataset import BOS, EOS
 
@@ -57,13 +61,13 @@ CHAIN = (
 # checks
 
 
-def check_fit(base_folder, base, adapters):
+def check_chain(base_folder, base, adapters):
     """Refuse adapters that belong to another base or another order. Returns (shapes afterwards, tokenizer's folder)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     tokenizer = base_folder if (base_folder / "tokenizer.model").is_file() else None
-    below = base_folder  # what the adapter at hand is laid on
+    previous = base_folder  # what the next adapter is merged into
     for adapter in adapters:
-        check_shapes(adapter, shapes, below)
+        check_shapes(adapter, shapes, previous)
         shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.saved.items()}
         if shapes[EMBEDDING] != shapes[HEAD]:
             raise UserError(
@@ -72,7 +76,7 @@ def check_fit(base_folder, base, adapters):
             )
         tokenizer = adapter.tokenizer or tokenizer
         check_vocabulary(adapter, shapes[EMBEDDING][0], tokenizer)
-        below = adapter.folder
+        previous = adapter.folder
     if tokenizer is None:
         raise UserError(
             f"{base_folder}: no tokenizer.model in it, nor in an adapter; "
@@ -83,37 +87,38 @@ def check_fit(base_folder, base, adapters):
     if pieces > rows:
         raise UserError(
             f"{tokenizer}/tokenizer.model has {pieces} pieces, but {base_folder} has embeddings for {rows}; put the "
-            f"tokenizer.model of {base_folder} there" + chain(pieces, rows)
+            f"tokenizer.model of {base_folder} there" + explain_sizes(pieces, rows)
         )
     return shapes, tokenizer
 
 
-def chain(*sizes):
+def explain_sizes(*sizes):
     """What belongs to what, where both numbers are those of the published models."""
     return CHAIN if all(size in VOCABULARIES for size in sizes) else ""
 
 
-def check_shapes(adapter, shapes, below):
+def check_shapes(adapter, shapes, previous):
     for name in [*adapter.lora, *adapter.saved]:
         if name not in shapes:
-            raise UserError(f"{adapter.folder}: its tensor {name} has no counterpart in {below}; is this its base?")
+            raise UserError(f"{adapter.folder}: its tensor {name} has no counterpart in {previous}; is this its base?")
     for name, (a, b, _) in adapter.lora.items():
         if (b.shape[0], a.shape[1]) != shapes[name]:
             raise UserError(
-                f"{adapter.folder}: changes a {b.shape[0]} x {a.shape[1]} matrix {name}, but that of {below} is "
+                f"{adapter.folder}: changes a {b.shape[0]} x {a.shape[1]} matrix {name}, but that of {previous} is "
                 f"{dims(shapes[name])}; merge it into the model it was trained on"
             )
     for name, tensor in adapter.saved.items():
         new, old = tuple(tensor.shape), shapes[name]
         if new != old and (name not in (EMBEDDING, HEAD) or len(new) != 2 or new[1] != old[1]):
             raise UserError(
-                f"{adapter.folder}: {name} is {dims(new)}, but that of {below} is {dims(old)}; merge it into "
+                f"{adapter.folder}: {name} is {dims(new)}, but that of {previous} is {dims(old)}; merge it into "
                 "the model it was trained on"
             )
         if new[0] < old[0]:
             raise UserError(
-                f"{adapter.folder}: has embeddings for {new[0]} pieces, but {below} before it has {old[0]}, and a "
-                "vocabulary never shrinks; give the adapters in the order of their training" + chain(new[0], old[0])
+                f"{adapter.folder}: has embeddings for {new[0]} pieces, but {previous} before it has {old[0]}, and a "
+                "vocabulary never shrinks; give the adapters in the order of their training"
+                + explain_sizes(new[0], old[0])
             )
 
 
@@ -127,7 +132,7 @@ def check_vocabulary(adapter, rows, tokenizer):
             raise UserError(
                 f"{adapter.folder}: with this adapter the model has embeddings for {rows} pieces, but its "
                 f"tokenizer.model has {pieces}{source}; put the tokenizer.model that came with this adapter there"
-                + chain(rows, pieces)
+                + explain_sizes(rows, pieces)
             )
     train_args = adapter.folder / "train_args.json"
     if train_args.is_file():
@@ -168,7 +173,7 @@ def main(args):
         raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
     sums = hash_in_background([*lora_files, *base_files])
     adapters = [read_adapter(file) for file in lora_files]
-    shapes, tokenizer = check_fit(base_folder, base, adapters)
+    shapes, tokenizer = check_chain(base_folder, base, adapters)
     names = [PUBLISHED.get(sums[file].result()) for file in lora_files]
     check_published(len(base[EMBEDDING]), names, adapters)
 
@@ -185,17 +190,17 @@ def main(args):
     specs = specs_of(shapes, {name: tensor.dtype for name, tensor in base.items()})
     jobs = ((name, partial(add_adapters, name, weight, adapters)) for name, weight in base.items())
     inputs = [base_folder, *(adapter.folder for adapter in adapters)]
-    stream = closing(progress(computed(jobs), specs, "合并"))
+    stream = closing(with_byte_bar(compute_ahead(jobs), specs, "合并"))
     with new_folder(args.output_dir, args.output_type, specs, inputs) as work, stream as tensors:
         if args.offload_dir:
             print("--offload_dir 不再需要：权重逐个张量从文件读取，不占内存，也不写临时文件")
         save(work, config, specs, tensors, tokenizer / "tokenizer.model")
         for path, digest in sums.items():
-            show(path, digest.result())
-        show(tokenizer / "tokenizer.model", tokenizer_sha256(tokenizer))
+            print_sum(path, digest.result())
+        print_sum(tokenizer / "tokenizer.model", tokenizer_sha256(tokenizer))
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for file in sorted(work.glob("*.pth")):
-            show(Path(args.output_dir) / file.name, sha256_of(file))
+            print_sum(Path(args.output_dir) / file.name, sha256_of(file))
         if args.verify:
             from alpaca.weights.merge_proof import prove  # here, not above: it imports all of transformers and PEFT
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca.common.errors import UserError
-from alpaca.models.adapters import adapter_shapes
+from alpaca.models.adapter_files import adapter_shapes
 from alpaca.models.tokenizer import load_tokenizer
 from config_utils import ALIASES, Config, load_config, options_of, parse_config
 from dataset import (

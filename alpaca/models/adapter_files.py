@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters: reading them, refusing what is not understood, and adding them to a weight.
+"""Reading PEFT's LoRA adapters, and refusing what is not understood.
 
 The format is PEFT's (github.com/huggingface/peft, docs/source/developer_guides/checkpoint.md): adapter_config.json, and
 adapter_model.safetensors or .bin with lora_A (rank x in) and lora_B (out x rank) of every changed matrix and whole
@@ -6,15 +6,16 @@ tensors for modules_to_save.
 """
 
 import math
+import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import read_json, read_tensors
-from alpaca.weights.llama_layout import dims
+from alpaca.models.base_files import dims, read_json, read_tensors
 
 # Settings of adapter_config.json that are honoured here, or that say nothing about the trained weights. Any other one
 # must be off: a kind of LoRA that is not known here must not be merged as if it were the plain kind. fan_in_fan_out is
@@ -27,7 +28,6 @@ KNOWN_SETTINGS = {
 }
 # Ways to start LoRA which leave the base as it was; the others (pissa, olora, …) subtract their start from the base.
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-ROWS = 128  # of a matrix at a time: the float32 copies of this many stay in the processor's cache, 3 times as fast
 
 
 class Adapter(NamedTuple):
@@ -141,26 +141,17 @@ def _factors(name, parts, config, file):
     return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def add_adapters(name, weight, adapters):
-    """The base's tensor `name` with all adapters in it, in its own number format.
-
-    Each product is computed and added in float32 and the sum rounded before the next adapter, as the published models
-    were made (scripts/merge_llama_with_chinese_lora_low_mem.py of github.com/ymcui/Chinese-LLaMA-Alpaca).
-    """
-    loras, dtype = [], weight.dtype
-    for adapter in adapters:
-        if name in adapter.saved:
-            weight, loras = adapter.saved[name].to(dtype), []
-        if name in adapter.lora:
-            a, b, scaling = adapter.lora[name]
-            loras.append((a.float(), b.float(), scaling))
-    if not loras:
-        return weight
-    merged = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    rows = torch.empty(min(ROWS, len(weight)), weight.shape[1])
-    for i in range(0, len(weight), ROWS):
-        source, target = weight[i : i + ROWS], merged[i : i + ROWS]
-        for a, b, scaling in loras:
-            total = rows[: len(target)].copy_(source)
-            source = target.copy_(total.addmm_(b[i : i + ROWS], a, alpha=scaling))
-    return merged
+def adapter_shapes(adapter):
+    """{name: shape} of an adapter's file. A pickle is only read as tensors: it runs nothing."""
+    path = adapter / "adapter_model.safetensors"
+    try:
+        if path.is_file():
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_slice(name).get_shape() for name in file.keys()}
+        path = adapter / "adapter_model.bin"
+        if path.is_file():
+            return {name: tuple(t.shape) for name, t in torch.load(path, weights_only=True, mmap=True).items()}
+    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: not the tensors of an adapter ({first}); train or download it again") from None
+    raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")

@@ -1,32 +1,11 @@
-"""Adapters on disk: which one a command takes, and what it holds."""
+"""Which adapter a command takes."""
 
-import pickle
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError, safe_open
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
 from config_utils import load_config
-
-
-def adapter_shapes(adapter):
-    """{name: shape} of an adapter's file. A pickle is only read as tensors: it runs nothing."""
-    path = adapter / "adapter_model.safetensors"
-    try:
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_slice(name).get_shape() for name in file.keys()}
-        path = adapter / "adapter_model.bin"
-        if path.is_file():
-            return {name: tuple(t.shape) for name, t in torch.load(path, weights_only=True, mmap=True).items()}
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not the tensors of an adapter ({first}); train or download it again") from None
-    raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")
-
 
 TRAINERS = ("train_trainer", "train_deepspeed")
 

@@ -15,7 +15,7 @@ from alpaca.common.console import progress, say
 from alpaca.common.devices import DTYPES, describe_device, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
-from alpaca.models.adapters import adapter_shapes
+from alpaca.models.adapter_files import adapter_shapes
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
 

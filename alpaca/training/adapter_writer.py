@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alpaca.common.console import is_main
 from alpaca.common.errors import UserError
-from alpaca.models.adapters import adapter_shapes
+from alpaca.models.adapter_files import adapter_shapes
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.training.checkpoints import saving
 from alpaca.training.lora import lora_weights

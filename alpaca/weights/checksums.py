@@ -44,7 +44,7 @@ def hash_in_background(paths):
     return futures
 
 
-def show(path, digest):
+def print_sum(path, digest):
     """Print one sum, and what file it is if its sum was published."""
     known = PUBLISHED.get(digest)
     print(f"sha256 {digest}  {path}" + (f"（即官方公布的 {known}）" if known else ""), flush=True)

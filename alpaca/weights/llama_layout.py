@@ -9,9 +9,9 @@ Meta's holds some rows or some columns of a matrix, and all of a norm.
 import torch
 
 from alpaca.common.errors import UserError
+from alpaca.models.base_files import EMBEDDING, HEAD
 from dataset import BOS, EOS
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 OUTSIDE_LAYERS = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", HEAD: "output.weight"}
 IN_LAYER = {
     "self_attn.q_proj": "attention.wq",
@@ -35,34 +35,6 @@ def meta_names(n_layers):
         for ours, metas in IN_LAYER.items():
             names[f"model.layers.{i}.{ours}.weight"] = f"layers.{i}.{metas}.weight"
     return names
-
-
-def expected_shapes(config):
-    """Hugging Face's name of every tensor -> its shape, from a config.json."""
-    hidden, ffn, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    in_layer = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-        "mlp.up_proj": (ffn, hidden),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    rows = (config["vocab_size"], hidden)
-    shapes = {EMBEDDING: rows, "model.norm.weight": (hidden,), HEAD: rows}
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in in_layer.items()}
-    return shapes
-
-
-def dims(shape):
-    """A shape as error messages show it."""
-    return " x ".join(map(str, shape))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alpaca.answering.generate import generate
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
-from alpaca.models.base_files import read_meta
+from alpaca.models.base_files import EMBEDDING
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.weights.llama_layout import EMBEDDING, from_meta
+from alpaca.weights.llama_files import read_meta
+from alpaca.weights.llama_layout import from_meta
 from dataset import INSTRUCT, build_prompt, encode_prompts
 
 QUERIES = ("文本：记者苏晓岚从昆明报道。", "文本：程立群在苏州大学教书。", "文本：天气渐渐凉了。")

@@ -24,7 +24,7 @@ HUB = Path(__file__).resolve().parent.parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert
 
-from alpaca.weights import pth_writer
+from alpaca.weights import safetensors_writer
 from alpaca.weights.checksums import PUBLISHED
 from config_utils import run_script
 
@@ -129,7 +129,7 @@ def test_folder_is_complete_and_its_tokenizer_exact(source, tokenizer_models, ca
 
 def test_large_models_are_written_in_shards(source, monkeypatch):
     whole = load_file(convert_folder(source) / "model.safetensors")
-    monkeypatch.setattr(pth_writer, "FILE_BYTES", 200_000)
+    monkeypatch.setattr(safetensors_writer, "FILE_BYTES", 200_000)
     folder = convert_folder(source)  # replaces what stands there
     names = [file.name for file in sorted(folder.glob("*.safetensors"))]
     assert len(names) > 2 and names == [
@@ -185,7 +185,7 @@ def test_interrupted_run_leaves_nothing_that_loads(source, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pth_writer, "save_tokenizer", interrupted)
+    monkeypatch.setattr(safetensors_writer, "save_tokenizer", interrupted)
     with pytest.raises(SystemExit) as error:
         convert_folder(source)
     assert error.value.code == 130
@@ -217,7 +217,7 @@ def test_a_disk_that_fills_up_meanwhile_is_one_line(source, capsys, monkeypatch)
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(pth_writer, "_bytes", full)
+    monkeypatch.setattr(safetensors_writer, "bytes_of", full)
     with pytest.raises(SystemExit) as error:
         convert_folder(source)
     *_, line = capsys.readouterr().err.splitlines()  # below the progress bar

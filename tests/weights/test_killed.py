@@ -20,16 +20,17 @@ pytestmark = pytest.mark.slow
 HUB = Path(__file__).resolve().parent.parent.parent / "model_hub"
 sys.path.insert(0, str(HUB))
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import read_base, read_meta
+from alpaca.models.base_files import read_base
+from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import from_meta
 
 FORKING = f"""
 import json, os, signal, sys, time
 sys.path.insert(0, {str(HUB)!r})
 import merge_llama_with_chinese_lora as merge
-from alpaca.weights import pth_writer
+from alpaca.weights import safetensors_writer
 from config_utils import run_script
-pth_writer.FILE_BYTES = 2_000_000
+safetensors_writer.FILE_BYTES = 2_000_000
 
 def die_at(count, folder):
     def hook(event, arguments):

@@ -1,0 +1,62 @@
+"""Reading Meta's folders, memory-mapped and checked: consolidated.*.pth and params.json."""
+
+from pathlib import Path
+
+from alpaca.common.errors import UserError
+from alpaca.models.base_files import EMBEDDING, check_counts, dims, expected_shapes, read_json, read_tensors
+from alpaca.weights.llama_layout import CUT_BY_COLUMNS, config_of, meta_names
+
+
+def read_meta(folder, max_position_embeddings=2048):
+    """(config, {Hugging Face's name: its part in each file}, files) of Meta's layout, every tensor checked."""
+    folder = Path(folder)
+    params = _read_params(folder / "params.json")
+    found = len(list(folder.glob("consolidated.*.pth")))
+    files = [folder / f"consolidated.{i:02d}.pth" for i in range(max(found, 1))]
+    shards = [read_tensors(file) for file in files]
+
+    names, shapes = meta_names(params["n_layers"]), {}
+    for name, meta in names.items():
+        for file, shard in zip(files, shards, strict=True):
+            if meta not in shard:
+                raise UserError(f"{file}: holds no tensor {meta}; is it a LLaMA's?")
+            if shard[meta].shape != shards[0][meta].shape or shard[meta].dtype != shards[0][meta].dtype:
+                raise UserError(f"{file}: its part of {meta} is not like that of {files[0]}; are they of one model?")
+        shape = list(shards[0][meta].shape)
+        if len(shape) == 2:
+            shape[1 if name.endswith(CUT_BY_COLUMNS) else 0] *= len(shards)
+        shapes[name] = tuple(shape)
+    for file, shard in zip(files, shards, strict=True):
+        # rope.freqs, where it is there, is a table of the rotary angles, which config.json determines
+        unknown = sorted(shard.keys() - set(names.values()) - {"rope.freqs"}, key=str)
+        if unknown:
+            raise UserError(f"{file}: unknown tensor {unknown[0]}; is it a LLaMA's?")
+
+    ffn, dtype = shapes["model.layers.0.mlp.gate_proj.weight"][0], shards[0][names[EMBEDDING]].dtype
+    config = config_of(params, shapes[EMBEDDING][0], ffn, dtype, max_position_embeddings)
+    for name, shape in expected_shapes(config).items():
+        if shapes[name] != shape:
+            raise UserError(
+                f"{folder}: {names[name]} is {dims(shapes[name])} in {len(shards)} file(s), but params.json and the "
+                f"other tensors make it {dims(shape)}; is a consolidated file missing, or params.json of another model?"
+            )
+    return config, {name: [shard[meta] for shard in shards] for name, meta in names.items()}, files
+
+
+def _read_params(path):
+    params = read_json(path, "it comes with Meta's weights")
+    check_counts(params, ("dim", "n_layers", "n_heads"), path)
+    if params.get("n_kv_heads") is not None:
+        check_counts(params, ("n_kv_heads",), path)
+    check_heads(params["dim"], params["n_heads"], params.get("n_kv_heads") or params["n_heads"], path)
+    for key, value in {"norm_eps": params.get("norm_eps"), "rope_theta": params.get("rope_theta", 10000.0)}.items():
+        if type(value) not in (int, float):
+            raise UserError(f'{path}: "{key}" must be a number, got {value!r}; get it again')
+    if params.get("use_scaled_rope"):
+        raise UserError(f'{path}: "use_scaled_rope" (LLaMA-3.1) is not supported; use a LLaMA-1 or LLaMA-2')
+    return params
+
+
+def check_heads(hidden, heads, key_heads, path):
+    if hidden % (2 * heads) or heads % key_heads:
+        raise UserError(f"{path}: {heads} heads and {key_heads} key heads do not fit {hidden} dimensions; get it again")
