@@ -102,7 +102,7 @@ def llama2(folder):
     ids = {"bos_token_id": 1, "do_sample": True, "eos_token_id": 2, "pad_token_id": 0, "temperature": 0.6}
     ids |= {"max_length": 4096, "top_p": 0.9, "transformers_version": "4.31.0.dev0"}
     write_as_transformers(folder / "generation_config.json", ids)
-    _long_tokenizer(folder, "base")
+    long_tokenizer(folder, "base")
     _save(folder, _in_two(weights), SEVEN_B, "pytorch_model", torch.float16)
     _save(folder, _in_two(weights), SEVEN_B, "model", torch.float16)
     return Model(folder, weights)
@@ -164,14 +164,21 @@ def merged_llama(folder):
     return Model(folder, weights)
 
 
-def merged_and_grown(folder, vocabulary="llama"):
-    """A merged model with one token more than its tokenizer.model: added_tokens.json {"<pad>": 49953} (here 797), or 49,955
-    rows over Chinese-Alpaca's.
+def merged_and_grown(folder):
+    """A merged Chinese-LLaMA with one token more than its tokenizer.model: added_tokens.json {"<pad>": 49953} (here 797).
 
     added_tokens.json: huggingface.co/genggui001/chinese-llama-plus-7b-megatron-states; the rest as merged_alpaca.
     """
+    return _merged_and_grown(folder, "llama", LLAMA)
+
+
+def merged_alpaca_grown(folder):
+    """The same of Chinese-Alpaca: 49,955 rows (here 799), which users speak of; its token's name is of memory."""
+    return _merged_and_grown(folder, "alpaca", ALPACA)
+
+
+def _merged_and_grown(folder, vocabulary, pieces):
     folder.mkdir(parents=True)
-    pieces = {"llama": LLAMA, "alpaca": ALPACA}[vocabulary]
     weights = random_weights(SEVEN_B, pieces + 1, torch.float16)
     _converted_files(folder, pieces + 1, vocabulary, "float16", "4.28.1")
     write_as_transformers(folder / "added_tokens.json", {"<pad>": pieces})
@@ -202,7 +209,7 @@ def _converted_files(folder, rows, vocabulary, dtype, version):
     write_as_transformers(folder / "config.json", config)
     ids = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     write_as_transformers(folder / "generation_config.json", ids | {"transformers_version": version})
-    _long_tokenizer(folder, vocabulary)
+    long_tokenizer(folder, vocabulary)
 
 
 def _tokenizer(folder, vocabulary):
@@ -214,7 +221,7 @@ def _short_config(bos, eos, unk, kind):
     return names | {"unk_token": unk}
 
 
-def _long_tokenizer(folder, vocabulary):
+def long_tokenizer(folder, vocabulary):
     """tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json, as transformers 4.30 saves."""
     _tokenizer(folder, vocabulary)
     tokens = {key: {"__type": "AddedToken", "content": text, **ADDED} for key, text in SPECIALS.items()}

@@ -6,7 +6,21 @@ from pathlib import Path
 
 import torch
 
-from specimens import BASE, EMBEDDING, HEAD, Model, Shape, random_tensor, rotary_table, vocabularies, write_json
+from specimens import (
+    ALPACA,
+    BASE,
+    EMBEDDING,
+    HEAD,
+    LLAMA,
+    Model,
+    Shape,
+    random_tensor,
+    rotary_table,
+    vocabularies,
+    write_as_transformers,
+    write_json,
+)
+from specimens_hf import SPECIALS, long_tokenizer
 
 # Meta's name -> Hugging Face's, and along which dimension the files part the tensor (0: rows, 1: columns, None: whole in
 # each). wq, wk, wv, w1, w3 and output are column-parallel layers, which part the rows of their matrix; wo and w2 are
@@ -89,24 +103,30 @@ def llama3(folder):
     return model
 
 
+def published_pth(folder, vocabulary):
+    """shibing624/chinese-alpaca-plus-13b-pth, or the same of Chinese-LLaMA: merged by the publishers' script into 2 files.
+
+    Files: that repository's tree (commit a49577c): params.json of 101 bytes with vocab_size -1, tokenizer files beside it.
+    ymcui/Chinese-LLaMA-Alpaca's merge_llama_with_chinese_lora_low_mem.py writes no rotary table, and where the pieces
+    do not divide by the files, the last output.weight has the rest: 24,976 and 24,977 of 49,953 (here 398 and 399).
+    """
+    rows, place = {"llama": LLAMA, "alpaca": ALPACA}[vocabulary], Path(folder)
+    place.mkdir(parents=True)
+    shape, n_files = SHAPES["13B"], FILES["13B"]
+    _weights(place, shape, n_files, rows, torch.float16, "nowhere")
+    params = {"dim": shape.dim, "multiple_of": 4, "n_heads": shape.heads, "n_layers": shape.layers, "norm_eps": 1e-06}
+    write_json(place / "params.json", params | {"vocab_size": -1})
+    long_tokenizer(place, vocabulary)
+    (place / "tokenizer.json").unlink()
+    write_as_transformers(place / "special_tokens_map.json", SPECIALS | {"pad_token": "[PAD]"})
+    return Model(place, expected(place, shape, n_files))
+
+
 def _write(folder, name, size, params, dtype, table_in_layers=False):
     shape, n_files = SHAPES[size], FILES[size]
     place = Path(folder) / name
     place.mkdir(parents=True)
-    full = _random(shape, dtype)
-    table = rotary_table(shape, dtype)
-    for i in range(n_files):
-        part = {}
-        for meta, (_, cut) in names(shape.layers).items():
-            if meta == "layers.0.attention.wq.weight" and not table_in_layers:
-                part["rope.freqs"] = table.clone()
-            part[meta] = full[meta].clone()
-            if cut is not None:
-                step = full[meta].shape[cut] // n_files
-                part[meta] = full[meta].narrow(cut, i * step, step).clone()
-            if table_in_layers and meta.endswith("ffn_norm.weight"):
-                part[meta.replace("ffn_norm.weight", "attention.inner_attention.rope.freqs")] = table.clone()
-        torch.save(part, place / f"consolidated.{i:02d}.pth")
+    _weights(place, shape, n_files, BASE, dtype, "in layers" if table_in_layers else "in files")
     sizes = {"dim": shape.dim, "n_heads": shape.heads, "n_layers": shape.layers}
     write_json(place / "params.json", dict(sorted((sizes | params).items())))
     (Path(folder) / "tokenizer.model").write_bytes(vocabularies()["base"])
@@ -115,12 +135,29 @@ def _write(folder, name, size, params, dtype, table_in_layers=False):
     return Model(place, expected(place, shape, n_files))
 
 
-def _random(shape, dtype):
+def _weights(place, shape, n_files, rows, dtype, where):
+    """consolidated.NN.pth with random numbers; where: the rotary table stands "in layers", "in files" or "nowhere"."""
+    full, table = _random(shape, rows, dtype), rotary_table(shape, dtype)
+    for i in range(n_files):
+        part = {}
+        for meta, (_, cut) in names(shape.layers).items():
+            if meta == "layers.0.attention.wq.weight" and where == "in files":
+                part["rope.freqs"] = table.clone()
+            part[meta] = full[meta].clone()
+            if cut is not None:
+                step, rest = divmod(full[meta].shape[cut], n_files)
+                part[meta] = full[meta].narrow(cut, i * step, step + rest * (i == n_files - 1)).clone()
+            if meta.endswith("ffn_norm.weight") and where == "in layers":
+                part[meta.replace("ffn_norm.weight", "attention.inner_attention.rope.freqs")] = table.clone()
+        torch.save(part, place / f"consolidated.{i:02d}.pth")
+
+
+def _random(shape, rows, dtype):
     """Full tensors by Meta's names, wq and wk with their rows in Meta's order."""
     random, dim, keys = torch.Generator().manual_seed(1), shape.dim, shape.dim // shape.heads * shape.key_heads
     sizes = {"wq": (dim, dim), "wk": (keys, dim), "wv": (keys, dim), "wo": (dim, dim)}
     sizes |= {"w1": (shape.ffn, dim), "w2": (dim, shape.ffn), "w3": (shape.ffn, dim)}
-    sizes |= {"tok_embeddings": (BASE, dim), "output": (BASE, dim)}
+    sizes |= {"tok_embeddings": (rows, dim), "output": (rows, dim)}
     return {meta: random_tensor(sizes.get(meta.split(".")[-2], (dim,)), random, dtype) for meta in names(shape.layers)}
 
 

@@ -82,6 +82,12 @@ def test_metas_folders_are_converted(tmp_path, make, size):
     assert config["intermediate_size"] == shape.ffn
 
 
+@pytest.mark.parametrize("vocabulary", ["llama", "alpaca"])
+def test_what_the_publishers_script_merged_into_pth_is_converted(tmp_path, vocabulary):
+    model = meta.published_pth(tmp_path / "13B", vocabulary)
+    assert_holds(converted(model, tmp_path / "out"), model.weights, vocabulary, exact=True)
+
+
 def test_a_converted_7b_answers_as_the_original_architecture(tmp_path):
     from transformers import LlamaForCausalLM
 
@@ -116,6 +122,7 @@ BASES = [
     (hf.merged_llama, SEVEN_B, "llama"),
     (hf.merged_alpaca, SEVEN_B, "alpaca"),
     (hf.merged_and_grown, SEVEN_B, "llama"),
+    (hf.merged_alpaca_grown, SEVEN_B, "alpaca"),
 ]
 
 
@@ -223,7 +230,8 @@ def test_what_cannot_be_merged_is_named(tmp_path, capsys, name):
     make, words = REFUSED[name]
     base = (hf.merged_llama if name == "zero3" else hf.converted)(tmp_path / "base")
     line = refused(capsys, merge_onto, base.folder, [make(tmp_path / "lora")], tmp_path / "out")
-    assert all(word in line for word in words) and not (tmp_path / "out").exists()
+    assert [word for word in words if word not in line] == [], line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_443_bytes_are_what_old_pytorch_wrote(tmp_path):
@@ -231,11 +239,16 @@ def test_the_443_bytes_are_what_old_pytorch_wrote(tmp_path):
     assert file.stat().st_size == 443 and torch.load(file) == {}
 
 
+def pth_of_alpaca(folder):
+    return meta.published_pth(folder, "alpaca")
+
+
 # Sizes in bytes that the repositories named in the makers' docstrings show, of files in which no number is scaled.
 SIZES = {
     hf.decapoda: {"generation_config.json": 125, "tokenizer_config.json": 141},
     hf.grown: {"tokenizer_config.json": 335},
     hf.merged_alpaca: {"generation_config.json": 132, "special_tokens_map.json": 411, "tokenizer_config.json": 727},
+    pth_of_alpaca: {"special_tokens_map.json": 96, "tokenizer_config.json": 727},
     lora.chinese_llama: {"special_tokens_map.json": 72, "tokenizer_config.json": 166},
     lora.chinese_alpaca: {"special_tokens_map.json": 96, "tokenizer_config.json": 166},
     lora.chinese_alpaca_2: {
