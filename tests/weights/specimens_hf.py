@@ -112,7 +112,8 @@ def grown(folder):
     """A base with one token more, chavinlo/alpaca-native: 32,001 rows (here 513), added_tokens.json, float32.
 
     config.json (commit 4381f6d), tokenizer_config.json (665a929) and added_tokens.json of huggingface.co/chavinlo/
-    alpaca-native; its tokenizer.model is LLaMA's own of 32,000 pieces. The number of its .bin files is of memory.
+    alpaca-native; its tokenizer.model is LLaMA's own of 32,000 pieces. What its
+    special_tokens_map.json holds and the number of its .bin files are of memory.
     """
     folder.mkdir(parents=True)
     weights = random_weights(SEVEN_B, BASE + 1, torch.float32)
