@@ -18,6 +18,7 @@ HUB = Path(__file__).resolve().parents[2] / "model_hub"
 sys.path.insert(0, str(HUB))
 import convert_llama_weights_to_hf as convert  # noqa: E402
 import merge_llama_with_chinese_lora as merge  # noqa: E402
+
 from config_utils import run_script  # noqa: E402
 
 
