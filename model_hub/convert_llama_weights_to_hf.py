@@ -74,6 +74,8 @@ def add_tokenizer(tokenizer, output_dir):
 def main(args):
     started = time.time()
     folder = Path(args.input_dir) / args.model_size
+    if args.max_position_embeddings < 1:
+        raise UserError(f"--max_position_embeddings={args.max_position_embeddings}: expected 1 or more, e.g. 2048")
     if args.model_size != "tokenizer_only" and not folder.is_dir():
         raise UserError(f"{folder}: no such folder; put Meta's consolidated.*.pth and params.json there")
     tokenizer = find_tokenizer(args.input_dir, args.model_size)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from shutil import copyfile
@@ -12,6 +13,8 @@ from transformers import SentencePieceBackend
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
 from dataset import BOS, EOS, UNK
+
+LLAMA_3 = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")  # its tokenizer.model is tiktoken's: a piece in base64, its number
 
 
 class ExactTokenizer(SentencePieceBackend):
@@ -47,6 +50,8 @@ def _special_tokens(vocab_file):
     try:
         sp = SentencePieceProcessor(model_file=str(vocab_file))
     except RuntimeError:
+        if LLAMA_3.match(Path(vocab_file).read_bytes()[:200]):
+            raise UserError(f"{vocab_file}: LLaMA-3's, which is not supported; use a LLaMA-1 or LLaMA-2") from None
         raise UserError(f"{vocab_file}: not a SentencePiece model; was the download complete?") from None
     pieces = {name: sp.id_to_piece(i) for name, i in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", UNK))}
     has_pad = sp.id_to_piece(sp.piece_to_id("[PAD]")) == "[PAD]"

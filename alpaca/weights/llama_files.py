@@ -3,7 +3,16 @@
 from pathlib import Path
 
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import EMBEDDING, check_counts, dims, expected_shapes, read_json, read_tensors
+from alpaca.models.base_files import (
+    EMBEDDING,
+    HEAD,
+    check_counts,
+    check_types,
+    dims,
+    expected_shapes,
+    read_json,
+    read_tensors,
+)
 from alpaca.weights.llama_layout import CUT_BY_COLUMNS, config_of, meta_names
 
 
@@ -20,15 +29,19 @@ def read_meta(folder, max_position_embeddings=2048):
         for file, shard in zip(files, shards, strict=True):
             if meta not in shard:
                 raise UserError(f"{file}: holds no tensor {meta}; is it a LLaMA's?")
-            if shard[meta].shape != shards[0][meta].shape or shard[meta].dtype != shards[0][meta].dtype:
+            like_first = shard[meta].shape == shards[0][meta].shape
+            # where the pieces of a vocabulary cannot be shared out equally, the last file has the rest of them
+            if name == HEAD and shard is shards[-1]:
+                like_first = shard[meta].shape[1:] == shards[0][meta].shape[1:]
+            if not like_first or shard[meta].dtype != shards[0][meta].dtype:
                 raise UserError(f"{file}: its part of {meta} is not like that of {files[0]}; are they of one model?")
         shape = list(shards[0][meta].shape)
         if len(shape) == 2:
-            shape[1 if name.endswith(CUT_BY_COLUMNS) else 0] *= len(shards)
+            cut = 1 if name.endswith(CUT_BY_COLUMNS) else 0
+            shape[cut] = sum(shard[meta].shape[cut] for shard in shards)
         shapes[name] = tuple(shape)
     for file, shard in zip(files, shards, strict=True):
-        # rope.freqs, where it is there, is a table of the rotary angles, which config.json determines
-        unknown = sorted(shard.keys() - set(names.values()) - {"rope.freqs"}, key=str)
+        unknown = sorted(shard.keys() - set(names.values()))
         if unknown:
             raise UserError(f"{file}: unknown tensor {unknown[0]}; is it a LLaMA's?")
 
@@ -49,9 +62,7 @@ def _read_params(path):
     if params.get("n_kv_heads") is not None:
         check_counts(params, ("n_kv_heads",), path)
     check_heads(params["dim"], params["n_heads"], params.get("n_kv_heads") or params["n_heads"], path)
-    for key, value in {"norm_eps": params.get("norm_eps"), "rope_theta": params.get("rope_theta", 10000.0)}.items():
-        if type(value) not in (int, float):
-            raise UserError(f'{path}: "{key}" must be a number, got {value!r}; get it again')
+    check_types({"norm_eps": "missing", **params}, {"norm_eps": int | float, "rope_theta": int | float}, path)
     if params.get("use_scaled_rope"):
         raise UserError(f'{path}: "use_scaled_rope" (LLaMA-3.1) is not supported; use a LLaMA-1 or LLaMA-2')
     return params

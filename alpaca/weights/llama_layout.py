@@ -61,13 +61,19 @@ def from_meta(name, parts, config):
 
 
 def to_meta(name, tensor, config, n_files):
-    """Hugging Face's tensor -> its part in each of Meta's files."""
+    """Hugging Face's tensor -> its part in each of Meta's files.
+
+    Where rows cannot be shared out equally (pieces of a vocabulary), the last part has the rest of them, as in
+    merge_llama_with_chinese_lora_low_mem.py of github.com/ymcui/Chinese-LLaMA-Alpaca.
+    """
     heads = rotary_heads(name, config)
     if heads:
         tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
     if tensor.dim() == 1:
         return [tensor] * n_files
-    return tensor.chunk(n_files, dim=1 if name.endswith(CUT_BY_COLUMNS) else 0)
+    cut = 1 if name.endswith(CUT_BY_COLUMNS) else 0
+    size = tensor.shape[cut] // n_files
+    return tensor.split([size] * (n_files - 1) + [tensor.shape[cut] - size * (n_files - 1)], dim=cut)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,11 +134,14 @@ def params_of(config):
 
 
 def count_files(config, wanted):
-    """How many consolidated files to write: `wanted`, or for -1 as many as Meta's of that size; all take equal parts."""
+    """How many consolidated files to write: `wanted`, or for -1 as many as Meta's model of that hidden size has.
+
+    Heads, feed-forward units and dimensions are shared out equally, pieces of the vocabulary as to_meta does.
+    """
     n_files = FILES_OF_META.get(config["hidden_size"], 1) if wanted == -1 else wanted
     heads = config["num_attention_heads"]
     sizes = {"heads": heads, "key and value heads": config.get("num_key_value_heads") or heads}
-    sizes |= {"feed-forward units": config["intermediate_size"], "pieces in the vocabulary": config["vocab_size"]}
+    sizes |= {"feed-forward units": config["intermediate_size"], "dimensions": config["hidden_size"]}
     uneven = [f"{size} {what}" for what, size in sizes.items() if n_files < 1 or size % n_files]
     if uneven and wanted != -1:
         raise UserError(f"--pth_files={wanted}: {uneven[0]} cannot be shared out equally; use --pth_files=1")
