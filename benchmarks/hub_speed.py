@@ -76,7 +76,7 @@ def make_inputs(work, layers):
         (work / name).mkdir(parents=True)
     make_tokenizer(work / "base.model", 32000)
     specs = specs_of(shapes, dict.fromkeys(shapes, torch.float16))
-    tensors = compute_ahead((name, partial(random, shape)) for name, shape in shapes.items())
+    tensors = compute_ahead(((name, partial(random, shape)) for name, shape in shapes.items()), blame=str)
     save_pth(work / "7B", config, specs, with_byte_bar(tensors, specs, "random 7B"), work / "base.model", 1)
     for name, (rows, rank, alpha) in LORAS.items():
         prefix = "base_model.model."

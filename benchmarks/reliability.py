@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from alpaca.models.adapter_files import adapter_shapes
+from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import adapter_or_old
 from alpaca.training.checkpoints import complete_checkpoints
 from config_utils import run_script
@@ -109,7 +109,7 @@ def weights_of(run):
 def whole_adapter(run):
     """The adapter that a loader finds, or None. A run without a checkpoint is not resumed: the next moves it to .old."""
     folders = (adapter_or_old(folder / "adapter_model") for folder in (run, run.with_name(run.name + ".old")))
-    return next((folder for folder in folders if folder and adapter_shapes(folder)), None)
+    return next((folder for folder in folders if folder and read_adapter(folder)), None)
 
 
 def survive(trainer, args, work):

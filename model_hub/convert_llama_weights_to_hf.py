@@ -10,6 +10,7 @@ through memory a tensor at a time.
 """
 
 import math
+import shutil
 import sys
 import time
 from contextlib import closing
@@ -27,7 +28,7 @@ from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, print_sum
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import from_meta
-from alpaca.weights.output_folder import new_folder
+from alpaca.weights.output_folder import TRAIN_ARGS, new_folder
 from alpaca.weights.safetensors_writer import save_huggingface
 from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import run_script
@@ -71,6 +72,10 @@ def add_tokenizer(tokenizer, output_dir):
     print(f"已写入 {output_dir}：tokenizer.model，tokenizer_config.json")
 
 
+def blame(name):
+    return f"{name} holds NaN or infinite numbers: the source is damaged; download its consolidated.*.pth again"
+
+
 def main(args):
     started = time.time()
     folder = Path(args.input_dir) / args.model_size
@@ -88,10 +93,12 @@ def main(args):
     output_dir = args.output_dir or f"./{args.model_size}-hf"
     specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
-    stream = closing(with_byte_bar(compute_ahead(jobs), specs, "转换"))
+    stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "转换"))
     with new_folder(output_dir, "huggingface", specs, inputs=[folder, args.input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])
         save_huggingface(work, config, specs, tensors, tokenizer)
+        if (folder / TRAIN_ARGS).is_file():  # of a LoRA that is in these weights
+            shutil.copyfile(folder / TRAIN_ARGS, work / TRAIN_ARGS)
         for path, digest in sums.items():
             print_sum(path, digest.result())
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())

@@ -14,6 +14,7 @@ published models were made.
 """
 
 import os
+import shutil
 import sys
 import time
 from contextlib import closing
@@ -26,14 +27,16 @@ from alpaca.common.start import start
 
 start()
 
+import torch
+
 from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter, weights_file
-from alpaca.models.base_files import EMBEDDING, HEAD, dims, read_base
+from alpaca.models.base_files import EMBEDDING, HEAD, dims, is_finite, read_base
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
 from alpaca.weights.llama_layout import count_files, params_of
 from alpaca.weights.lora_adapters import add_adapters
-from alpaca.weights.output_folder import new_folder
+from alpaca.weights.output_folder import TRAIN_ARGS, kept_if_refused, new_folder
 from alpaca.weights.pth_writer import save_pth
 from alpaca.weights.safetensors_writer import save_huggingface
 from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
@@ -46,7 +49,7 @@ CONFIG = {
     "output_type": "huggingface",  # format to write: huggingface | pth (Meta's layout)
     "output_dir": None,  # folder to write
     "pth_files": -1,  # how many files pth is written as; -1: as Meta's model of that size (13B: 2, 33B: 4, 65B: 8)
-    "verify": False,  # True: compare base + adapters in PEFT with the merged model on a few prompts; loads one, then the other
+    "verify": False,  # True: compare the weights, and answers to a few prompts, with base + adapters in float32
     "offload_dir": None,  # accepted and not used: weights are read from their files as they are needed
 }
 
@@ -65,8 +68,10 @@ def check_chain(base_folder, base, adapters):
     """Refuse adapters that belong to another base or another order. Returns (shapes afterwards, tokenizer's folder)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     tokenizer = base_folder if (base_folder / "tokenizer.model").is_file() else None
-    previous = base_folder  # what the next adapter is merged into
+    previous, embedding = base_folder, base[EMBEDDING]  # what the next adapter is merged into
     for adapter in adapters:
+        check_new(adapter, embedding, previous)
+        embedding = adapter.saved.get(EMBEDDING, embedding)
         check_shapes(adapter, shapes, previous)
         shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.saved.items()}
         if shapes[EMBEDDING] != shapes[HEAD]:
@@ -90,6 +95,17 @@ def check_chain(base_folder, base, adapters):
             f"tokenizer.model of {base_folder} there" + explain_sizes(pieces, rows)
         )
     return shapes, tokenizer
+
+
+def check_new(adapter, embedding, previous):
+    """UserError where the LoRA is in there already: it brings trained embeddings, and the model has exactly these."""
+    brought = adapter.saved.get(EMBEDDING)
+    if "embed_tokens" in (adapter.config.get("modules_to_save") or []) and brought.shape == embedding.shape:
+        if torch.equal(brought.to(embedding.dtype), embedding):
+            raise UserError(
+                f"{adapter.folder}: is in {previous} already, which has exactly its embeddings; leave it out, or name the "
+                "base as it was before"
+            )
 
 
 def explain_sizes(*sizes):
@@ -172,7 +188,7 @@ def main(args):
     if not lora_files:
         raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
     sums = hash_in_background([*lora_files, *base_files])
-    adapters = [read_adapter(file) for file in lora_files]
+    adapters = [read_adapter(file.parent) for file in lora_files]
     shapes, tokenizer = check_chain(base_folder, base, adapters)
     names = [PUBLISHED.get(sums[file].result()) for file in lora_files]
     check_published(len(base[EMBEDDING]), names, adapters)
@@ -185,16 +201,32 @@ def main(args):
     save = save_huggingface
     if args.output_type == "pth":
         params_of(config)  # refuses what Meta's layout cannot express
-        save = partial(save_pth, n_files=count_files(config, args.pth_files))
+        n_files = count_files(config, args.pth_files)
+        save = partial(save_pth, n_files=n_files)
 
     specs = specs_of(shapes, {name: tensor.dtype for name, tensor in base.items()})
     jobs = ((name, partial(add_adapters, name, weight, adapters)) for name, weight in base.items())
+
+    def blame(name):
+        if not is_finite(base[name]):
+            return f"{base_folder}: {name} holds NaN or infinite numbers; convert or download it again"
+        return (
+            f"{base_folder}: {name} with the LoRA in it is more than {base[name].dtype} can hold; is lora_alpha in "
+            f"{adapters[-1].folder}/adapter_config.json right?"
+        )
+
     inputs = [base_folder, *(adapter.folder for adapter in adapters)]
-    stream = closing(with_byte_bar(compute_ahead(jobs), specs, "合并"))
+    stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "合并"))
     with new_folder(args.output_dir, args.output_type, specs, inputs) as work, stream as tensors:
+        if args.output_type == "pth":
+            print(f"pth 分成 {n_files} 个文件")
         if args.offload_dir:
             print("--offload_dir 不再需要：权重逐个张量从文件读取，不占内存，也不写临时文件")
         save(work, config, specs, tensors, tokenizer / "tokenizer.model")
+        for folder in reversed(inputs):  # what is asked of the last LoRA that says so, or of the base
+            if (folder / TRAIN_ARGS).is_file():
+                shutil.copyfile(folder / TRAIN_ARGS, work / TRAIN_ARGS)
+                break
         for path, digest in sums.items():
             print_sum(path, digest.result())
         print_sum(tokenizer / "tokenizer.model", tokenizer_sha256(tokenizer))
@@ -204,7 +236,8 @@ def main(args):
         if args.verify:
             from alpaca.weights.merge_proof import prove  # here, not above: it imports all of transformers and PEFT
 
-            prove(base_folder, adapters, work, args.output_type)
+            with kept_if_refused(work, args.output_dir):
+                prove(base_folder, base, adapters, work, args.output_type)
     print(
         f"已写入 {args.output_dir}：{args.output_type}，{size:,} 字节，词表 {config['vocab_size']}，"
         f"合并了 {len(adapters)} 个 LoRA，{seconds:.1f} 秒"

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca.common.errors import UserError
-from alpaca.models.adapter_files import adapter_shapes
+from alpaca.models.adapter_files import read_adapter
 from alpaca.models.tokenizer import load_tokenizer
 from config_utils import ALIASES, Config, load_config, options_of, parse_config
 from dataset import (
@@ -207,9 +207,10 @@ def test_the_malicious_pickle_is_one(tmp_path):
 
 
 def test_no_bare_pickle_is_run(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 4}')
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": Malicious(tmp_path / "ran")}))
-    with pytest.raises(UserError, match="adapter_model.bin: not the tensors of an adapter"):
-        adapter_shapes(tmp_path)
+    with pytest.raises(UserError, match="adapter_model.bin: damaged, or no file of weights"):
+        read_adapter(tmp_path)
     assert not (tmp_path / "ran").exists()
 
 

@@ -6,16 +6,14 @@ tensors for modules_to_save.
 """
 
 import math
-import pickle
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import dims, read_json, read_tensors
+from alpaca.models.base_files import check_types, dims, is_finite, read_json, read_tensors
 
 # Settings of adapter_config.json that are honoured here, or that say nothing about the trained weights. Any other one
 # must be off: a kind of LoRA that is not known here must not be merged as if it were the plain kind. fan_in_fan_out is
@@ -30,10 +28,15 @@ KNOWN_SETTINGS = {
 HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
+NOT_TRAINED = ("original_module", "base_layer")  # the base's own tensors, as they were before training
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
 class Adapter(NamedTuple):
     folder: Path
     lora: dict  # name of the base's tensor -> (lora_A, lora_B, scaling)
     saved: dict  # name of the base's tensor -> the tensor that takes its place (modules_to_save)
+    config: dict  # adapter_config.json
     tokenizer: Path | None  # the folder of its tokenizer.model
 
 
@@ -52,18 +55,29 @@ def weights_file(folder):
     return file
 
 
-def read_adapter(file):
-    """The Adapter with this file of weights; UserError if it is damaged, empty, untrained, or of a kind unknown here."""
-    folder = file.parent
-    config = read_json(folder / "adapter_config.json", "it comes with the adapter's weights")
-    _check_settings(config, folder / "adapter_config.json")
+def read_adapter(folder):
+    """The Adapter of a folder; UserError if it is damaged, empty, untrained, or of a kind unknown here."""
+    file = weights_file(folder)
+    settings = file.parent / "adapter_config.json"
+    config = read_json(settings, "it comes with the adapter's weights")
+    _check_settings(config, settings)
 
     factors, saved = {}, {}
-    for name, tensor in read_tensors(file).items():
-        if tensor.numel() and not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):
+    tensors = read_tensors(file)
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    if empty:
+        raise UserError(
+            f"{file}: {empty[0]} is empty: it was saved under ZeRO-3 without its weights; gather them when saving "
+            "(stage3_gather_16bit_weights_on_model_save), or make them with zero_to_fp32.py of the checkpoint"
+        )
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
             raise UserError(f"{file}: {name} holds numbers that are not finite; download it again or train it again")
-        target, kind = _base_name(str(name))
-        if kind == "original_module":  # the base's own tensor, as it was before training
+        if "lora_embedding_" in name:
+            module = _base_name(name.partition(".lora_embedding_")[0] + ".weight")[0].removesuffix(".weight")
+            raise UserError(f"{file}: a LoRA on embeddings ({module}) is unknown here; merge this adapter with PEFT")
+        target, kind = _base_name(name)
+        if kind in NOT_TRAINED:
             continue
         place, key = (saved, target) if kind == "saved" else (factors.setdefault(target, {}), kind)
         # with a resized vocabulary PEFT writes embeddings under two of their names
@@ -82,7 +96,8 @@ def read_adapter(file):
     lora = {name: _factors(name, parts, config, file) for name, parts in factors.items()}
     if not saved and not any(b.any() for _, b, _ in lora.values()):
         raise UserError(f"{file}: every lora_B is zero, so it changes nothing: it was saved untrained; train it again")
-    return Adapter(folder, lora, saved, folder if (folder / "tokenizer.model").is_file() else None)
+    tokenizer = file.parent if (file.parent / "tokenizer.model").is_file() else None
+    return Adapter(file.parent, lora, saved, config, tokenizer)
 
 
 def _check_settings(config, path):
@@ -95,22 +110,25 @@ def _check_settings(config, path):
         refused.append("init_lora_weights")
     if refused:
         raise UserError(f'{path}: "{refused[0]}": {config[refused[0]]!r} is unknown here; merge this adapter with PEFT')
-    for key, kind in {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list}.items():
-        if not isinstance(config.get(key) or kind(), kind):
-            raise UserError(f'{path}: "{key}" must be a {kind.__name__}, got {config[key]!r}; get the file again')
+    check_types(config, {"rank_pattern": dict, "alpha_pattern": dict, "modules_to_save": list}, path)
 
 
 def _base_name(name):
-    """A tensor's name in an adapter -> (name of the base's tensor, lora_A | lora_B | saved | original_module).
+    """A tensor's name in an adapter -> (name of the base's tensor, lora_A | lora_B | saved | one of NOT_TRAINED).
 
-    PEFT has written base_model.model.X.lora_A.weight and X.lora_A.default.weight, and for modules_to_save both
-    X.modules_to_save.default.weight and plain X.weight.
+    PEFT has written base_model.model.X.lora_A.weight and X.lora_A.default.weight, where default is the adapter's name,
+    and for modules_to_save both X.modules_to_save.default.weight and plain X.weight. Tools that save a model's
+    state_dict put module. before it (DistributedDataParallel) or other words between.
     """
-    *module, leaf = (part for part in name.removeprefix("base_model.model.").split(".") if part != "default")
-    kind = "saved"
-    if module and module[-1] in ("lora_A", "lora_B", "modules_to_save", "original_module"):
-        kind = module.pop().replace("modules_to_save", "saved")
-    return ".".join([*module, leaf]), kind
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts and parts[0] == "module":
+        parts = parts[1:]
+    name = ".".join(parts).removeprefix("base_model.model.")
+    for kind in ("lora_A", "lora_B", "modules_to_save", *NOT_TRAINED):
+        module, found, rest = name.partition(f".{kind}.")
+        if found:  # rest: weight, behind the adapter's name where that was saved
+            return f"{module}.{rest.rpartition('.')[2]}", kind.replace("modules_to_save", "saved")
+    return name, "saved"
 
 
 def _factors(name, parts, config, file):
@@ -131,7 +149,7 @@ def _factors(name, parts, config, file):
 
     a, b = parts["lora_A"], parts["lora_B"]
     rank, alpha = setting("r", "rank_pattern"), setting("lora_alpha", "alpha_pattern")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise UserError(f'{settings}: "r" and "lora_alpha" must be numbers, got {rank!r}, {alpha!r}; get it again')
     if a.dim() != 2 or b.dim() != 2 or not a.shape[0] == b.shape[1] == rank:
         raise UserError(
@@ -139,19 +157,3 @@ def _factors(name, parts, config, file):
             f"r={rank}; the two files are not of one adapter"
         )
     return a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def adapter_shapes(adapter):
-    """{name: shape} of an adapter's file. A pickle is only read as tensors: it runs nothing."""
-    path = adapter / "adapter_model.safetensors"
-    try:
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_slice(name).get_shape() for name in file.keys()}
-        path = adapter / "adapter_model.bin"
-        if path.is_file():
-            return {name: tuple(t.shape) for name, t in torch.load(path, weights_only=True, mmap=True).items()}
-    except (OSError, ValueError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: not the tensors of an adapter ({first}); train or download it again") from None
-    raise UserError(f"{adapter}: holds neither adapter_model.safetensors nor adapter_model.bin; train it again")

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,7 +15,8 @@ from alpaca.common.console import progress, say
 from alpaca.common.devices import DTYPES, describe_device, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
-from alpaca.models.adapter_files import adapter_shapes
+from alpaca.models.adapter_files import read_adapter
+from alpaca.models.base_files import EMBEDDING, HEAD, dims
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
 
@@ -95,17 +96,57 @@ def load_for_inference(
 
 def attach_adapter(model, adapter, name="default"):
     """The model, bare or with other adapters, with that of a folder, in the weights' type and in use from now on."""
-    dtype, device = model.dtype, str(model.device)
-    options = {"autocast_adapter_dtype": False, "torch_device": device}
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(adapter, name, **options)
-        else:
-            model = PeftModel.from_pretrained(model, adapter, name, **options)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{adapter}/adapter_config.json: cannot be used ({error}); train it again") from None
+    dtype, adapter = model.dtype, _without_the_bases(read_adapter(adapter), model)
+    config = _lora_config(adapter)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, autocast_adapter_dtype=False)
+    else:
+        model = PeftModel(model, config, name, autocast_adapter_dtype=False)
+    llama = model.get_base_model()
+    with torch.no_grad():
+        for target, (a, b, _) in adapter.lora.items():
+            layer = llama.get_submodule(target.removesuffix(".weight"))
+            layer.lora_A[name].weight.copy_(a)
+            layer.lora_B[name].weight.copy_(b)
+        for target, tensor in adapter.saved.items():
+            llama.get_submodule(target.removesuffix(".weight")).modules_to_save[name].weight.copy_(tensor)
     model.set_adapter(name)
-    return model.to(dtype).eval()
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def _without_the_bases(adapter, model):
+    """The Adapter without whole tensors that are the base's own, as files hold them that were made of a whole model."""
+    llama = model.get_base_model() if isinstance(model, PeftModel) else model
+    saved = {}
+    for name, tensor in adapter.saved.items():
+        module = llama.get_submodule(name.removesuffix(".weight"))
+        module = getattr(module, "original_module", getattr(module, "base_layer", module))
+        if not torch.equal(module.weight, tensor.to(module.weight)):
+            saved[name] = tensor
+    if both := saved.keys() & adapter.lora.keys():
+        raise UserError(
+            f"{adapter.folder}: holds {min(both)} of another base, beside a LoRA for it; merge it into its base with "
+            "model_hub/merge_llama_with_chinese_lora.py"
+        )
+    return adapter._replace(saved=saved)
+
+
+def _lora_config(adapter):
+    """PEFT's settings for exactly the tensors that an Adapter has: each gets its place, and no place stays untrained."""
+    ranks = {target.removesuffix(".weight"): len(a) for target, (a, _, _) in adapter.lora.items()}
+    alphas = {target.removesuffix(".weight"): len(a) * scaling for target, (a, _, scaling) in adapter.lora.items()}
+    rank, alpha = next(iter(ranks.values()), 1), next(iter(alphas.values()), 1)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={module: value for module, value in ranks.items() if value != rank},
+        alpha_pattern={module: value for module, value in alphas.items() if value != alpha},
+        target_modules=list(ranks),
+        modules_to_save=[target.removesuffix(".weight") for target in adapter.saved] or None,
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
 
 
 def check_fit(adapter, train_args, facts, base, tokenizer_dir):
@@ -117,17 +158,30 @@ def check_fit(adapter, train_args, facts, base, tokenizer_dir):
             f"{tokenizer_dir}/tokenizer.model is not the one that {adapter} was trained with "
             f"(that of {train_args.model_dir}); name that base with --base_model"
         )
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        ).state_dict()
-    for name, shape in adapter_shapes(adapter).items():
-        module, _, factor = name.removeprefix("base_model.model.").partition(".lora_")
-        side = {"A": 1, "B": 0}.get(factor[:1])
-        weight = expected.get(f"{module}.weight")
-        if side is not None and (weight is None or weight.shape[side] != shape[side]):
-            has = "no such layer" if weight is None else f"one of {weight.shape[side]}"
+    shapes = {name: tuple(tensor.shape) for name, tensor in _empty_model(base).state_dict().items()}
+    adapter = read_adapter(adapter)
+    for name, (a, b, _) in adapter.lora.items():
+        _check_shape(adapter.folder, name, (len(b), a.shape[1]), shapes, base)
+    for name, tensor in adapter.saved.items():
+        if name in (EMBEDDING, HEAD) and name in shapes and len(tensor) != shapes[name][0]:
             raise UserError(
-                f"{adapter} does not fit {base}: it changes {module}, of size {shape[side]}, and the model has {has}; "
-                "name its base with --base_model"
+                f"{adapter.folder} brings embeddings for {len(tensor)} pieces, {base} has {shapes[name][0]}; merge it "
+                "into its base with model_hub/merge_llama_with_chinese_lora.py"
             )
+        _check_shape(adapter.folder, name, tuple(tensor.shape), shapes, base)
+
+
+def _empty_model(base):
+    """The model of a folder without its weights."""
+    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _check_shape(adapter, name, shape, shapes, base):
+    if shape != shapes.get(name):
+        has = f"one of {dims(shapes[name])}" if name in shapes else "no such tensor"
+        raise UserError(
+            f"{adapter} does not fit {base}: it changes {name}, of size {dims(shape)}, and the model has {has}; name its "
+            "base with --base_model"
+        )

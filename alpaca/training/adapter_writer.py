@@ -6,7 +6,7 @@ from pathlib import Path
 
 from alpaca.common.console import is_main
 from alpaca.common.errors import UserError
-from alpaca.models.adapter_files import adapter_shapes
+from alpaca.models.adapter_files import read_adapter
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.training.checkpoints import saving
 from alpaca.training.lora import lora_weights
@@ -72,9 +72,9 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
         except UserError:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        written = list(adapter_shapes(new).values())
-        expected = [tuple(weight.shape) for weight in weights.values()]
-        assert sorted(map(tuple, written)) == sorted(expected), "the adapter on disk is not the one in memory"
+        written = [factor for a, b, _ in read_adapter(new).lora.values() for factor in (a, b)]
+        expected = sorted(tuple(weight.shape) for weight in weights.values())
+        assert sorted(tuple(factor.shape) for factor in written) == expected, "on disk is not what is in memory"
         if target.exists():  # a folder cannot be renamed over a full one
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)

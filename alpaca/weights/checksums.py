@@ -4,6 +4,8 @@ import hashlib
 import threading
 from concurrent.futures import Future
 
+from alpaca.common.errors import UserError
+
 # SHA256.md of github.com/ymcui/Chinese-LLaMA-Alpaca
 PUBLISHED = {
     "700df0d3013b703a806d2ae7f1bfb8e59814e3d06ae78be0c66368a50059f33d": "LLaMA-7B consolidated.00.pth",
@@ -38,7 +40,7 @@ def hash_in_background(paths):
             try:
                 future.set_result(sha256_of(path))
             except OSError as error:
-                future.set_exception(error)
+                future.set_exception(UserError(f"{path}: cannot be read ({error.strerror}); correct its disk"))
 
     threading.Thread(target=work, daemon=True).start()
     return futures

@@ -4,7 +4,6 @@ A writer gets them as (name, tensor) pairs, in the order of `specs`: {name: meta
 number formats beforehand.
 """
 
-import mmap
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -12,23 +11,28 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
+from alpaca.common.errors import UserError
+from alpaca.models.base_files import is_finite
+
 
 def specs_of(shapes, dtypes):
     """{name: shape}, {name: dtype} -> {name: meta tensor}."""
     return {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()}
 
 
-def compute_ahead(jobs):
+def compute_ahead(jobs, blame):
     """Yield (name, tensor) for each (name, function), in their order; the function makes the tensor.
 
+    Raises UserError(blame(name)) where a tensor holds NaN or infinite numbers: such a model must not be written.
     Up to four functions run ahead in threads, so that computing, reading and writing overlap. Each has one core: where
     one tensor at a time is computed on all cores, they mostly wait.
     """
 
-    def ready(function):
+    def ready(name, function):
         tensor = function()
-        # Touch each page of a mapped file here: where writing has to wait for them one by one, it takes twice as long.
-        tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].sum()
+        # This reads a mapped file here: where writing has to wait for each of its pages, it takes twice as long.
+        if not is_finite(tensor):
+            raise UserError(blame(name))
         return tensor
 
     threads, workers = torch.get_num_threads(), min(4, len(os.sched_getaffinity(0)))
@@ -37,7 +41,7 @@ def compute_ahead(jobs):
         with ThreadPoolExecutor(workers) as pool:
             waiting = deque()
             for name, function in jobs:
-                waiting.append((name, pool.submit(ready, function)))
+                waiting.append((name, pool.submit(ready, name, function)))
                 if len(waiting) > workers:
                     name, future = waiting.popleft()
                     yield name, future.result()

@@ -372,7 +372,7 @@ def test_pth_is_an_archive_as_torch_save_makes_it(chain, capsys):
 
 def test_number_of_pth_files(chain, capsys):
     assert [llama_layout.count_files(config_like(dim), -1) for dim in (4096, 5120, 6656, 8192)] == [1, 2, 4, 8]
-    assert llama_layout.count_files(config_like(5120) | {"vocab_size": 49953}, -1) == 1  # Chinese-LLaMA-13B: an odd one
+    assert llama_layout.count_files(config_like(5120) | {"vocab_size": 49953}, -1) == 2  # Chinese-LLaMA-13B: an odd one
     base, llama = chain / "base", [chain / "llama"]
     line = fails(capsys, base, llama, chain / "out", "--output_type=pth", "--pth_files=8")
     assert "--pth_files=8: 4 heads cannot be shared out equally; use --pth_files=1" in line
@@ -441,8 +441,10 @@ def test_verify_compares_with_peft(embedded, tmp_path, capsys, monkeypatch, outp
     monkeypatch.setattr(merge, "add_adapters", wrong)
     with pytest.raises(SystemExit) as error:
         run(embedded, [SHIPPED], tmp_path / "wrong", *options)
-    assert error.value.code == 2 and "more than rounding; nothing was written" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["ner"]
+    err = capsys.readouterr().err
+    assert error.value.code == 2 and "q_proj.weight of the merged model is off by " in err
+    assert err.strip().endswith(f"it is in {tmp_path / 'wrong.unverified'}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ner", "wrong.unverified"]
 
 
 def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
@@ -583,13 +585,17 @@ def test_wrong_base_is_refused(chain, tokenizer_models, capsys, shape, message):
     ("change", "config", "message"),
     [
         ({"base_model.model.model.norm.bias": 64}, {}, "its tensor model.norm.bias has no counterpart"),
-        ({"base_model.model.model.embed_tokens.lora_embedding_A": 4}, {}, "embed_tokens.lora_embedding_A has no"),
+        (
+            {"base_model.model.model.embed_tokens.lora_embedding_A": 4},
+            {},
+            "a LoRA on embeddings (model.embed_tokens) is unknown here",
+        ),
         ({"model.lm_head.lora_B.weight": 4}, {}, "model.lm_head has no lora_A"),
         ({"lm_head.weight": 4}, {}, "holds lm_head.weight twice, the second time as lm_head.weight"),
         ({}, {"r": 8}, "lora_A is 4 x 64 and lora_B 64 x 4, but adapter_config.json says r=8"),
         ({}, {"r": 0}, '"r" and "lora_alpha" must be numbers, got 0, 32.0'),
         ({}, {"rank_pattern": {"(": 2}}, "\"rank_pattern\": '(' is no pattern"),
-        ({}, {"alpha_pattern": [2]}, '"alpha_pattern" must be a dict, got [2]'),
+        ({}, {"alpha_pattern": [2]}, '"alpha_pattern" must be an object, got [2]'),
         ({}, {"lora_bias": True}, 'adapter_config.json: "lora_bias": True is unknown here'),
         ({}, {"r": None}, '"r" and "lora_alpha" must be numbers, got None, 32.0'),
         ({}, {"use_dora": True}, 'adapter_config.json: "use_dora": True is unknown here'),
