@@ -107,14 +107,14 @@ def main(args):
     check_generation(args)
     check_sampling(args)
     alone = args.base_model and args.lora_model == "auto"
-    adapter, train_args, facts = find_adapter("demo", "none" if alone else args.lora_model)
+    adapter, train_args, facts = find_adapter("demo", "none" if alone else args.lora_model, args.base_model)
     output = open_output(args.predictions_file) if args.data_file else None
     device = pick_device(args.gpus, args.only_cpu)
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, device=device
     )
 
-    grammar = make_grammar(args.constrained, adapter, tokenizer, facts.get("labels"))
+    grammar = make_grammar(args.constrained, adapter or facts, tokenizer, facts.get("labels"))
     query_prefix = facts.get("query_prefix", QUERY_PREFIX)
     free = sampler(tokenizer, args.temperature, args.top_p, args.seed)
 

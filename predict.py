@@ -28,6 +28,7 @@ from alpaca.common.text_files import SURROGATE
 from alpaca.corpora.inputs import read_texts
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
+from alpaca.models.facts import with_task
 from config_utils import run_script
 from dataset import ROW_KEYS, example_of_input, task_of
 
@@ -35,6 +36,8 @@ CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under checkpoint/
     "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
+    "instruct": None,  # what to ask of each text; None: what the adapter was trained with
+    "labels": None,  # entity types of the answers, joined by commas | none: no entities; None: the adapter's own
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
     "text": None,  # one text to predict; with neither text nor input_path: three sentences of our own
     "input_path": None,  # file of texts to predict: plain lines, JSON lines, a JSON array, CSV or .xlsx with a text column
@@ -91,7 +94,8 @@ def main(args):
     records = texts_asked_for(args)
     if args.resume and not args.output_path:
         raise UserError("--resume needs --output_path, the file to go on with")
-    adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
+    adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)
+    facts = with_task(adapter, facts, args.instruct, args.labels)
     labels, instruct, query_prefix = task_of(facts)
     if len(facts.get("instructs", [])) > 1 and any(not record.get("instruct") for record in records):
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
@@ -105,7 +109,7 @@ def main(args):
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
-    grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
+    grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
     waiting = progress(examples[done:], desc="切分", unit="条")
     cuts = cut_examples(waiting, model, tokenizer, train_args, facts)
     parts = [part for cut in cuts for part in cut.parts]

@@ -37,6 +37,8 @@ from pathlib import Path
 
 from alpaca.common.errors import UserError
 from alpaca.common.folders import check_writable, hint_of_folders
+from alpaca.common.locks import locked
+from alpaca.common.paths import user_path
 from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.export import export_predictions, newest_predictions
@@ -94,7 +96,7 @@ def find_files(args):
     """Paths of {"train", "dev", "test"}; dev is None if it is to be split off train, test is None if there is none."""
     folder = Path("data") / args.data_name / "ori_data"
     named = {"train": args.train_file, "dev": args.dev_file, "test": args.test_file}
-    files = {name: Path(file or folder / f"{name}.txt") for name, file in named.items()}
+    files = {name: user_path(file) if file else folder / f"{name}.txt" for name, file in named.items()}
     for name, file in files.items():
         if not file.exists() and (named[name] or name == "train"):
             remedy = "put the corpus there or name it" if name == "train" else "name another"
@@ -208,9 +210,17 @@ def main(args):
     instruct = args.instruct.replace("\\n", "\n").replace("{labels}", "、".join(names))
     files = find_files(args)
     check_writable(folder)
+    with locked(folder):
+        make_instruct_data(args, files, Task(labels, instruct, args.query_prefix), names, folder)
+
+
+def make_instruct_data(args, files, task, names, folder):
+    """Read the corpora in `files`, write the folder's train.txt, dev.txt and test.txt, and say what was done.
+
+    names: those of the entity types, in the order of --labels.
+    """
     rehearse_file = Path("data") / args.data_name / "ori_data" / "rehearse.txt"
     rehearsal = read_rehearsal(rehearse_file)
-    task = Task(labels, instruct, args.query_prefix)
     parts, problems, forms = read_corpora(files, task, args)
     parts["train"], leaks = remove_leaks(parts, args.keep_leaked)
     if not parts["train"]:

@@ -67,8 +67,10 @@ def main(args):
         raise UserError(f"--metric={args.metric}: expected {', '.join(WRITTEN)}")
     if args.max_examples < 1 and args.max_examples != -1:
         raise UserError(f"--max_examples={args.max_examples}: expected 1 or more, or -1 for all")
-    adapter, train_args, facts = find_adapter(args.data_name, args.lora_model)
-    columns = {name: getattr(args, name) or (getattr(train_args, name) if adapter else CALLED[name]) for name in CALLED}
+    adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)
+    columns = {
+        name: getattr(args, name) or (getattr(train_args, name) if train_args else CALLED[name]) for name in CALLED
+    }
     examples = read_examples(dev_path, **columns)
     own = without_rehearsal(examples) if args.metric == "ner" else examples
     if others := len(examples) - len(own):
@@ -85,7 +87,7 @@ def main(args):
     model, tokenizer = load_for_inference(
         adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
     )
-    grammar = make_grammar(args.constrained, adapter, tokenizer, labels)
+    grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
 
     nested = facts.get("nested", nests(examples))
     rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar, nested))

@@ -23,12 +23,14 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
+from alpaca.common.paths import user_path
 from alpaca.models.base_files import expected_shapes, read_json
+from alpaca.models.facts import TRAIN_ARGS
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, print_sum
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import from_meta
-from alpaca.weights.output_folder import TRAIN_ARGS, new_folder
+from alpaca.weights.output_folder import new_folder
 from alpaca.weights.safetensors_writer import save_huggingface
 from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import run_script
@@ -42,7 +44,7 @@ CONFIG = {
 
 
 def find_tokenizer(input_dir, model_size):
-    places = [Path(input_dir) / model_size / "tokenizer.model", Path(input_dir) / "tokenizer.model"]
+    places = [input_dir / model_size / "tokenizer.model", input_dir / "tokenizer.model"]
     if model_size == "tokenizer_only":
         places = places[1:]
     for place in places:
@@ -63,9 +65,7 @@ def check_pieces(tokenizer, folder, rows):
 
 def add_tokenizer(tokenizer, output_dir):
     """What is missing where somebody else has converted the weights."""
-    if not output_dir:
-        raise UserError("--output_dir is missing; name the folder of the model, e.g. --output_dir=./7B-hf")
-    config = Path(output_dir) / "config.json"
+    config = output_dir / "config.json"
     rows = read_json(config, "").get("vocab_size") if config.is_file() else None
     check_pieces(tokenizer, output_dir, rows if isinstance(rows, int) else math.inf)
     save_tokenizer(tokenizer, output_dir)
@@ -78,23 +78,26 @@ def blame(name):
 
 def main(args):
     started = time.time()
-    folder = Path(args.input_dir) / args.model_size
+    input_dir = user_path(args.input_dir)
+    folder = input_dir / args.model_size
     if args.max_position_embeddings < 1:
         raise UserError(f"--max_position_embeddings={args.max_position_embeddings}: expected 1 or more, e.g. 2048")
     if args.model_size != "tokenizer_only" and not folder.is_dir():
         raise UserError(f"{folder}: no such folder; put Meta's consolidated.*.pth and params.json there")
-    tokenizer = find_tokenizer(args.input_dir, args.model_size)
+    tokenizer = find_tokenizer(input_dir, args.model_size)
     if args.model_size == "tokenizer_only":
-        add_tokenizer(tokenizer, args.output_dir)
+        if not args.output_dir:
+            raise UserError("--output_dir is missing; name the folder of the model, e.g. --output_dir=./7B-hf")
+        add_tokenizer(tokenizer, user_path(args.output_dir))
         return
 
     config, parts, files = read_meta(folder, args.max_position_embeddings)
     check_pieces(tokenizer, folder, config["vocab_size"])
-    output_dir = args.output_dir or f"./{args.model_size}-hf"
+    output_dir = user_path(args.output_dir or f"./{args.model_size}-hf")
     specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
     stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "转换"))
-    with new_folder(output_dir, "huggingface", specs, inputs=[folder, args.input_dir]) as work, stream as tensors:
+    with new_folder(output_dir, "huggingface", specs, inputs=[folder, input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])
         save_huggingface(work, config, specs, tensors, tokenizer)
         if (folder / TRAIN_ARGS).is_file():  # of a LoRA that is in these weights

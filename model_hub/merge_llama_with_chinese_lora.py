@@ -30,17 +30,19 @@ start()
 import torch
 
 from alpaca.common.errors import UserError
+from alpaca.common.paths import user_path
 from alpaca.models.adapter_files import read_adapter, weights_file
 from alpaca.models.base_files import EMBEDDING, HEAD, dims, is_finite, read_base
+from alpaca.models.facts import TRAIN_ARGS, read_facts
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
 from alpaca.weights.llama_layout import count_files, params_of
 from alpaca.weights.lora_adapters import add_adapters
-from alpaca.weights.output_folder import TRAIN_ARGS, kept_if_refused, new_folder
+from alpaca.weights.output_folder import kept_if_refused, new_folder
 from alpaca.weights.pth_writer import save_pth
 from alpaca.weights.safetensors_writer import save_huggingface
 from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
-from config_utils import load_config, run_script
+from config_utils import run_script
 from dataset import BOS, EOS
 
 CONFIG = {
@@ -150,14 +152,12 @@ def check_vocabulary(adapter, rows, tokenizer):
                 f"tokenizer.model has {pieces}{source}; put the tokenizer.model that came with this adapter there"
                 + explain_sizes(rows, pieces)
             )
-    train_args = adapter.folder / "train_args.json"
-    if train_args.is_file():
-        trained = load_config(train_args)[1].get("tokenizer_sha256")
-        if trained and (tokenizer is None or trained != tokenizer_sha256(tokenizer)):
-            raise UserError(
-                f"{adapter.folder}: trained with another tokenizer.model than that of {tokenizer}; merge it into the "
-                "base that its train_args.json names as model_dir"
-            )
+    _, facts = read_facts(adapter.folder)
+    if facts and (tokenizer is None or facts["tokenizer_sha256"] != tokenizer_sha256(tokenizer)):
+        raise UserError(
+            f"{adapter.folder}: trained with another tokenizer.model than that of {tokenizer}; merge it into the base that "
+            "its train_args.json names as model_dir"
+        )
 
 
 def check_published(base_rows, names, adapters):
@@ -182,9 +182,9 @@ def main(args):
     if args.output_type not in ("huggingface", "pth"):
         raise UserError(f"--output_type: expected huggingface or pth, got {args.output_type!r}")
 
-    base_folder = Path(args.base_model)
+    base_folder, output_dir = user_path(args.base_model), user_path(args.output_dir)
     config, base, base_files = read_base(base_folder)
-    lora_files = [weights_file(folder.strip()) for folder in args.lora_model.split(",") if folder.strip()]
+    lora_files = [weights_file(user_path(folder)) for folder in args.lora_model.split(",") if folder.strip()]
     if not lora_files:
         raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
     sums = hash_in_background([*lora_files, *base_files])
@@ -217,7 +217,7 @@ def main(args):
 
     inputs = [base_folder, *(adapter.folder for adapter in adapters)]
     stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "合并"))
-    with new_folder(args.output_dir, args.output_type, specs, inputs) as work, stream as tensors:
+    with new_folder(output_dir, args.output_type, specs, inputs) as work, stream as tensors:
         if args.output_type == "pth":
             print(f"pth 分成 {n_files} 个文件")
         if args.offload_dir:
@@ -232,14 +232,14 @@ def main(args):
         print_sum(tokenizer / "tokenizer.model", tokenizer_sha256(tokenizer))
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for file in sorted(work.glob("*.pth")):
-            print_sum(Path(args.output_dir) / file.name, sha256_of(file))
+            print_sum(output_dir / file.name, sha256_of(file))
         if args.verify:
             from alpaca.weights.merge_proof import prove  # here, not above: it imports all of transformers and PEFT
 
-            with kept_if_refused(work, args.output_dir):
+            with kept_if_refused(work, output_dir):
                 prove(base_folder, base, adapters, work, args.output_type)
     print(
-        f"已写入 {args.output_dir}：{args.output_type}，{size:,} 字节，词表 {config['vocab_size']}，"
+        f"已写入 {output_dir}：{args.output_type}，{size:,} 字节，词表 {config['vocab_size']}，"
         f"合并了 {len(adapters)} 个 LoRA，{seconds:.1f} 秒"
     )
 

@@ -193,6 +193,8 @@ CHINESE = {
     "auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone": "auto：checkpoint/<data_name>/ 下最后写的 LoRA | 文件夹 | none：只有基座",
     "folder of the tokenizer; None: the base model's": "分词器的文件夹；None：基座模型的",
     "file of instruct data to test on; None: data/<data_name>/instruct_data/dev.txt": "测试用的指令数据；None：data/<data_name>/instruct_data/dev.txt",
+    "what to ask of each text; None: what the adapter was trained with": "对每条文本问什么；None：与 LoRA 训练时相同",
+    "entity types of the answers, joined by commas | none: no entities; None: the adapter's own": "答案里的实体类型，用逗号连接 | none：不是实体；None：与 LoRA 训练时相同",
     "most texts answered at once; fewer where memory is short": "最多同时回答几条；内存不够时自动减少",
     "ner: score entities | exact: share of answers equal to the right one | none: only write predictions": "ner：按实体算分 | exact：与标准答案一字不差的比例 | none：只写预测",
     "most tokens of an answer; answers cut there are counted and reported": "答案最多几个 token；被截断的会计数并报告",
@@ -235,7 +237,7 @@ CHINESE = {
     "format to write: huggingface | pth (Meta's layout)": "写成什么格式：huggingface | pth（Meta 的格式）",
     "folder to write": "写到哪个文件夹",
     "how many files pth is written as; -1: as Meta's model of that size (13B: 2, 33B: 4, 65B: 8)": "pth 写成几个文件；-1：与 Meta 的同样大小的模型一样（13B 2 个，33B 4 个，65B 8 个）",
-    "True: compare base + adapters in PEFT with the merged model on a few prompts; loads one, then the other": "True：用几个提示比较 PEFT 里的基座加 LoRA 与合并后的模型；两个先后加载",
+    "True: compare the weights, and answers to a few prompts, with base + adapters in float32": "True：用 float32 的基座加 LoRA 核对合并后的权重，再比较几个提示的答案",
     "accepted and not used: weights are read from their files as they are needed": "可以写，但不用：权重用到时才从文件里读",
 }
 

@@ -5,20 +5,22 @@ from pathlib import Path
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
-from config_utils import load_config
+from alpaca.models.facts import read_facts
 
+DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
 TRAINERS = ("train_trainer", "train_deepspeed")
 
 
-def find_adapter(data_name, lora_model):
-    """`--lora_model` -> (the adapter's folder, the training's Config, the facts beside it); the base alone: None, None, {}.
+def find_adapter(data_name, lora_model, base_model=None):
+    """`--lora_model` and `--base_model` -> (the adapter's folder, the training's Config, the facts beside it).
 
-    `auto`: the adapter of data_name that was written last, else the shipped one.
+    `auto`: the adapter of data_name that was written last, else the shipped one. The base alone: (None, None, {}), or
+    what stands beside a base that an adapter was merged into. An adapter that another tool wrote: (its folder, None, {}).
     """
     if lora_model in (None, "none", "None"):
-        return None, None, {}
+        return None, *read_facts(Path(base_model or DEFAULT_BASE))
     folder = _adapter_folder(data_name, lora_model)
-    return folder, *load_config(folder / "train_args.json")
+    return folder, *read_facts(folder)
 
 
 def _adapter_folder(data_name, lora_model):

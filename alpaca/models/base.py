@@ -16,11 +16,10 @@ from alpaca.common.devices import DTYPES, describe_device, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
 from alpaca.models.adapter_files import read_adapter
+from alpaca.models.adapters import DEFAULT_BASE
 from alpaca.models.base_files import EMBEDDING, HEAD, dims
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
-
-DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
 
 
 def check_model_dir(model_dir):
@@ -69,7 +68,7 @@ def load_for_inference(
     Refuses, before the weights load, a base or a tokenizer that is not the adapter's. `merge`: add the LoRA to the
     weights, which then cost nothing more; the base alone is gone.
     """
-    base = base_model or (train_args.model_dir if adapter else DEFAULT_BASE)
+    base = base_model or (_base_of(adapter, train_args) if adapter else DEFAULT_BASE)
     config = check_model_dir(base)
     tokenizer_dir = tokenizer_path or base
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -92,6 +91,16 @@ def load_for_inference(
                 layer.merge()
             model = model.unload()
     return model.eval(), tokenizer
+
+
+def _base_of(adapter, train_args):
+    """The folder of the base that an adapter says it was trained on."""
+    if train_args:
+        return train_args.model_dir
+    named = read_adapter(adapter).config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not (Path(named) / "config.json").is_file():
+        raise UserError(f"{adapter}: its base, {named!r}, is not here; name its folder with --base_model=…")
+    return named
 
 
 def attach_adapter(model, adapter, name="default"):
@@ -150,10 +159,13 @@ def _lora_config(adapter):
 
 
 def check_fit(adapter, train_args, facts, base, tokenizer_dir):
-    """UserError where an adapter was trained with another prompt, tokenizer or base than these."""
-    if facts.get("prompt_sha256") != PROMPT_SHA256:
+    """UserError where an adapter was trained with another prompt, tokenizer or base than these.
+
+    Of an adapter that another tool wrote only the shapes are known.
+    """
+    if train_args and facts["prompt_sha256"] != PROMPT_SHA256:
         raise UserError(f"{adapter}: was trained with another prompt template; retrain it with this version")
-    if facts.get("tokenizer_sha256") != tokenizer_sha256(tokenizer_dir):
+    if train_args and facts["tokenizer_sha256"] != tokenizer_sha256(tokenizer_dir):
         raise UserError(
             f"{tokenizer_dir}/tokenizer.model is not the one that {adapter} was trained with "
             f"(that of {train_args.model_dir}); name that base with --base_model"

@@ -21,8 +21,8 @@ class Choice(NamedTuple):
     """One entry of the page's list: an adapter, or the base alone."""
 
     folder: Path | None  # adapter_model/; None: the base alone
-    train_args: object  # the training's Config; None: the base alone
-    facts: dict  # what train_args.json says beside the Config; {}: the base alone
+    train_args: object  # the training's Config; None where there is no train_args.json
+    facts: dict  # what train_args.json says beside the Config
 
 
 class Answered(NamedTuple):
@@ -39,12 +39,17 @@ class Models:
     def __init__(self, args):
         """args: of web_ner.py. UserError for an adapter or a base that cannot be used."""
         self.args, self.turn = args, threading.Lock()
-        chosen = Choice(*find_adapter(args.data_name, args.lora_model))
+        chosen = Choice(*find_adapter(args.data_name, args.lora_model, args.base_model))
+        if chosen.folder and not chosen.facts:
+            raise UserError(
+                f"{chosen.folder}: has no train_args.json; use predict.py, whose --instruct says what to ask"
+            )
         self.model, self.tokenizer = load_for_inference(*chosen, args.base_model, args.tokenizer_path, args.precision)
         self.base = self.model.config.name_or_path
         self.first = choice_name(chosen.folder) if chosen.folder else BASE
         own_base = chosen.train_args.model_dir if chosen.folder else self.base
-        self.choices = {self.first: chosen, **adapters_on({self.base, own_base}), BASE: Choice(None, None, {})}
+        alone = Choice(*find_adapter(args.data_name, "none", self.base))
+        self.choices = {self.first: chosen, **adapters_on({self.base, own_base}), BASE: alone}
         self.peft_names = {self.first: "default"} if chosen.folder else {}  # of the adapters that are in memory
         self.current, self.grammars = self.first, {}
         self.grammar(self.first)  # now, so that an impossible --constrained ends the command
@@ -57,8 +62,9 @@ class Models:
     def grammar(self, name):
         """The grammar that holds a choice's answers; None where they are free."""
         if name not in self.grammars:
-            folder = self.choices[name].folder
-            self.grammars[name] = make_grammar(self.args.constrained, folder, self.tokenizer, self.labels(name))
+            folder, _, facts = self.choices[name]
+            known = folder or facts
+            self.grammars[name] = make_grammar(self.args.constrained, known, self.tokenizer, self.labels(name))
         return self.grammars[name]
 
     def _use(self, name):

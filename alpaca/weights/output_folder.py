@@ -8,6 +8,7 @@ from pathlib import Path
 
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
+from alpaca.models.facts import TRAIN_ARGS
 
 # What a finished folder is known by: it is written last, and where a folder is replaced, it goes first.
 LAST = {"huggingface": "config.json", "pth": "params.json"}
@@ -16,7 +17,6 @@ WEIGHTS = {
     "pth": ("consolidated.*.pth",),
 }
 OTHERS = ("generation_config.json", "tokenizer.model", "tokenizer_config.json")
-TRAIN_ARGS = "train_args.json"  # of a LoRA that is in the weights: what is asked of them and how
 
 
 def write_json(path, value):
