@@ -321,7 +321,8 @@ def test_bad_input_is_one_line(source, tokenizer_models, capsys, monkeypatch, ho
 def test_bytes_that_are_cut_off_or_changed_never_end_in_a_traceback(source, capsys, seed):
     """Ten damages each: cut anywhere, or a byte of the pickle changed. What still reads must be what was there."""
     weights, draw = source / "7B" / "consolidated.00.pth", random.Random(seed)
-    whole = weights.read_bytes()
+    whole, expected = weights.read_bytes(), load_file(convert_folder(source) / "model.safetensors")
+    shutil.rmtree(source / "7B-hf")
     begin = whole.index(b"data.pkl")
     for i in range(10):
         damaged = bytearray(whole)
@@ -336,6 +337,9 @@ def test_bytes_that_are_cut_off_or_changed_never_end_in_a_traceback(source, caps
             assert error.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
             assert [path.name for path in source.iterdir()] == ["7B"]
         else:
+            written = load_file(source / "7B-hf" / "model.safetensors")
+            assert written.keys() == expected.keys()
+            assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
             shutil.rmtree(source / "7B-hf")
             capsys.readouterr()
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from alpaca.answering.generate import generate
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
-from dataset import QUERY_PREFIX, build_prompt, encode_prompts
+from dataset import PROMPT_SHA256, QUERY_PREFIX, build_prompt, encode_prompts
 from reference_llama import CUT, feed_forward_width, logits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -397,7 +397,10 @@ def test_params_json_gives_the_real_models_width(dim, ffn, expected):
 def ner_adapter(folder, tokenizer_file, **train_args):
     write_adapter(folder, adapter_tensors(0), modules_to_save=None)
     digest = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    train_args = {"config": {"data_name": "demo"}, "tokenizer_sha256": digest} | train_args
+    columns = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}
+    config = {"model_dir": "base", "max_seq_length": 512, **columns}
+    facts = {"prompt_sha256": PROMPT_SHA256, "tokenizer_sha256": digest, "instructs": ["找出实体"]}
+    train_args = {"config": config, **facts} | train_args
     (folder / "train_args.json").write_text(json.dumps(train_args))
     return folder
 

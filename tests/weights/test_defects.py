@@ -1,0 +1,328 @@
+"""Inputs that once were written wrong with exit code 0, ended in a traceback, or were refused for a reason that misleads."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import specimens_hf as hf
+import specimens_lora as lora
+import specimens_meta as meta
+from alpaca.common.errors import UserError
+from alpaca.common.locks import locked
+from alpaca.weights import checksums
+from specimens import ALPACA, EMBEDDING, HEAD, Model, merged, vocabularies
+from test_specimens import convert, converted, merge, merge_onto, refused, run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """7B/ in Meta's layout, tokenizer.model beside it."""
+    return meta.llama1(tmp_path, "7B")
+
+
+@pytest.fixture
+def base(tmp_path):
+    return hf.converted(tmp_path / "base")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is written is right, or nothing is
+
+
+def test_a_changed_byte_that_swaps_two_matrices_is_refused(llama, tmp_path, capsys):
+    """output.weight and tok_embeddings.weight are of one shape: the number of the storage is all that parts them."""
+    file = llama.folder / "consolidated.00.pth"
+    with zipfile.ZipFile(file) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("data.pkl")]
+        pickled = archive.read(name)
+    data = file.read_bytes()
+    begin = data.index(pickled)
+    at = pickled.index(b"output.weight")
+    key = pickled.index(b"X\x01\x00\x00\x002", at) + 5  # the storage "2" of output.weight; "0" is tok_embeddings'
+    file.write_bytes(data[: begin + key] + b"0" + data[begin + key + 1 :])
+    assert torch.equal(*(torch.load(file, weights_only=True)[n] for n in ("output.weight", "tok_embeddings.weight")))
+    assert "consolidated.00.pth: damaged" in refused(capsys, converted, llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(llama, base, tmp_path, capsys, number):
+    file = llama.folder / "consolidated.00.pth"
+    tensors = torch.load(file)
+    tensors["layers.1.feed_forward.w2.weight"][3, 5] = number
+    torch.save(tensors, file)
+    line = last_line(capsys, converted, llama, tmp_path / "out")
+    assert "model.layers.1.mlp.down_proj.weight holds NaN or infinite numbers: the source is damaged" in line
+
+    added = lora.alpaca_lora(tmp_path / "lora")
+    edit(added.folder / "adapter_config.json", lora_alpha=number)
+    assert '"r" and "lora_alpha" must be numbers' in refused(capsys, merge_onto, base.folder, [added], tmp_path / "out")
+    edit(added.folder / "adapter_config.json", lora_alpha=1e9)
+    line = last_line(capsys, merge_onto, base.folder, [added], tmp_path / "out")
+    assert "with the LoRA in it is more than torch.float16 can hold; is lora_alpha in" in line
+
+    edit(added.folder / "adapter_config.json", lora_alpha=16)
+    [first, *_] = sorted(base.folder.glob("*.bin"))
+    tensors = torch.load(first)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = number
+    torch.save(tensors, first)
+    line = last_line(capsys, merge_onto, base.folder, [added], tmp_path / "out")
+    assert f"{base.folder}: model.layers.0.mlp.up_proj.weight holds NaN or infinite numbers; convert" in line
+    assert not list(tmp_path.glob("out*"))
+
+
+def last_line(capsys, call, *args, **options):
+    """As refused, where a progress bar may stand above the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as error:
+        call(*args, **options)
+    assert error.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_verify_accepts_bfloat16_and_large_loras(tmp_path, capsys):
+    """Where the LoRA is large, rounding moves logits far: the limit is what rounding can do, not a guess about logits."""
+    base = hf.converted(tmp_path / "base")
+    for file in base.folder.glob("*.bin"):
+        torch.save({name: tensor.bfloat16() for name, tensor in torch.load(file).items()}, file)
+    loras = [lora.chinese_llama(tmp_path / "lora1"), lora.chinese_alpaca(tmp_path / "lora2")]
+    out = merge_onto(base.folder, loras, tmp_path / "out", verify=True)
+    expected = merged({name: tensor.bfloat16() for name, tensor in base.weights.items()}, *loras)
+    assert all(
+        torch.allclose(t, expected[name], rtol=2**-7) for name, t in load_file(out / "model.safetensors").items()
+    )
+    assert "验证：21 个张量与 float32 的基座+LoRA 相符" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "pth"])
+def test_verify_sees_one_wrong_number(base, tmp_path, capsys, monkeypatch, kind):
+    def wrong(name, weight, adapters):
+        merged = add_adapters(name, weight, adapters).clone()
+        if name == "model.layers.1.self_attn.v_proj.weight":
+            merged[7, 9] += 0.01
+        return merged
+
+    add_adapters = merge.add_adapters
+    monkeypatch.setattr(merge, "add_adapters", wrong)
+    added = lora.alpaca_lora(tmp_path / "lora")
+    line = last_line(capsys, merge_onto, base.folder, [added], tmp_path / "out", output_type=kind, verify=True)
+    assert "--verify: model.layers.1.self_attn.v_proj.weight of the merged model is off by" in line
+    assert not (tmp_path / "out").exists() and any((tmp_path / "out.unverified").iterdir())
+
+
+def test_a_lora_that_is_in_the_base_already_is_refused(base, tmp_path, capsys):
+    loras = [lora.chinese_llama(tmp_path / "lora1"), lora.chinese_alpaca(tmp_path / "lora2")]
+    out = merge_onto(base.folder, loras, tmp_path / "out")
+    line = refused(capsys, merge_onto, out, [loras[1]], tmp_path / "twice")
+    assert f"{loras[1].folder}: is in {out} already" in line
+    line = refused(capsys, merge_onto, base.folder, [loras[0], loras[0]], tmp_path / "twice")
+    assert f"{loras[0].folder}: is in {loras[0].folder} already" in line
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings and names
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": [1]}, '"rope_parameters" must be an object, got [1]'),
+        ({"rope_scaling": "linear"}, "\"rope_scaling\" must be an object, got 'linear'"),
+        ({"rms_norm_eps": "1e-6"}, '"rms_norm_eps" must be a number'),
+        ({"rms_norm_eps": float("nan")}, '"rms_norm_eps" must be a number, got nan'),
+        ({"num_key_value_heads": 3}, "4 heads and 3 key heads do not fit 64 dimensions"),
+        ({"head_dim": -16}, '"head_dim" must be a whole number above 0'),
+        ({"tie_word_embeddings": "yes"}, '"tie_word_embeddings" must be true or false'),
+        ({"max_position_embeddings": [2048]}, '"max_position_embeddings" must be a number'),
+    ],
+)
+def test_settings_of_another_type_are_one_line(base, tmp_path, capsys, changes, message):
+    edit(base.folder / "config.json", **changes)
+    added = lora.alpaca_lora(tmp_path / "lora")
+    assert message in refused(capsys, merge_onto, base.folder, [added], tmp_path / "out", output_type="pth")
+
+
+@pytest.mark.parametrize("number", [-5, 0])
+def test_positions_below_one_are_refused(llama, tmp_path, capsys, number):
+    line = refused(capsys, converted, llama, tmp_path / "out", max_position_embeddings=number)
+    assert f"--max_position_embeddings={number}: expected 1 or more" in line
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({0: torch.ones(2)}, "holds something else than named tensors"),
+        ({"default": torch.ones(2)}, "its tensor default has no counterpart"),
+        ({"lora_A.weight": torch.ones(2, 2)}, "its tensor lora_A.weight has no counterpart"),
+        ({"module.": torch.ones(2)}, "has no counterpart"),
+    ],
+)
+def test_odd_names_in_an_adapter_are_one_line(base, tmp_path, capsys, tensors, message):
+    added = lora.alpaca_lora(tmp_path / "lora")
+    torch.save(torch.load(added.folder / "adapter_model.bin") | tensors, added.folder / "adapter_model.bin")
+    assert message in refused(capsys, merge_onto, base.folder, [added], tmp_path / "out")
+
+
+def test_tables_of_angles_are_left_out_wherever_they_stand(base, llama, tmp_path):
+    """Also in an adapter, and by names that no file is known to have."""
+    table = torch.ones(8)
+    added = lora.alpaca_lora(tmp_path / "lora")
+    tensors = torch.load(added.folder / "adapter_model.bin")
+    tensors |= {"base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq": table, "module.rope.freqs": table}
+    torch.save(tensors, added.folder / "adapter_model.bin")
+    [first, *_] = sorted(base.folder.glob("*.bin"))
+    torch.save(torch.load(first) | {"model.rotary_emb.inv_freq": table}, first)
+    merge_onto(base.folder, [added], tmp_path / "out")
+    file = llama.folder / "consolidated.00.pth"
+    torch.save(torch.load(file) | {"rope.freqs": table}, file)
+    converted(llama, tmp_path / "out2")
+
+
+def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(llama, tmp_path, capsys, monkeypatch):
+    def broken(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checksums, "sha256_of", broken)
+    line = last_line(capsys, converted, llama, tmp_path / "out")
+    assert line.startswith("error: ") and "tokenizer.model: cannot be read (Input/output error)" in line
+    monkeypatch.undo()
+
+    def gone(source, *_):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+
+    monkeypatch.setattr("alpaca.models.tokenizer.copyfile", gone)
+    line = last_line(capsys, converted, llama, tmp_path / "out")
+    assert f"{tmp_path}/tokenizer.model: cannot be read (No such file or directory)" in line
+
+
+def test_pth_files_are_uneven_where_they_must_be_and_counted_aloud(base, tmp_path, capsys):
+    loras = [lora.chinese_llama(tmp_path / "lora1"), lora.chinese_alpaca(tmp_path / "lora2")]
+    out = merge_onto(base.folder, loras, tmp_path / "7B", output_type="pth", pth_files=4)
+    assert "pth 分成 4 个文件" in capsys.readouterr().out.splitlines()
+    parts = [torch.load(file)["output.weight"] for file in sorted(out.glob("*.pth"))]
+    assert [len(part) for part in parts] == [ALPACA // 4] * 3 + [ALPACA - 3 * (ALPACA // 4)]
+    embedding = [torch.load(file)["tok_embeddings.weight"] for file in sorted(out.glob("*.pth"))]
+    assert torch.equal(torch.cat(embedding, 1), loras[1].saved[EMBEDDING])
+    assert torch.equal(torch.cat(parts), loras[1].saved[HEAD])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# disks, locks, paths
+
+ON_ANOTHER_DISK = f"""
+set -e
+mkdir -p "$1/mounted"
+mount -t tmpfs none "$1/mounted"
+cp -r "$1/older/." "$1/mounted"
+{sys.executable} {ROOT}/model_hub/merge_llama_with_chinese_lora.py --base_model="$1/base" --lora_model="$1/lora" --output_dir="$1/mounted"
+ls -a "$1/mounted" "$1"
+cmp "$1/mounted/model.safetensors" "$1/expected/model.safetensors"
+"""
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="mounting needs user namespaces",
+)
+def test_an_output_folder_that_is_a_disk_of_its_own(base, tmp_path):
+    """A mounted volume: files cannot be renamed into it, and the older model in it must not be lost by trying."""
+    added = lora.alpaca_lora(tmp_path / "lora")
+    merge_onto(base.folder, [added], tmp_path / "expected")
+    merge_onto(base.folder, [lora.alpaca_lora_16(tmp_path / "lora16")], tmp_path / "older")
+    command = ["unshare", "-rm", "sh", "-c", ON_ANOTHER_DISK, "sh", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mounted.tmp" not in done.stdout and ".lock" not in done.stdout
+
+
+def test_two_at_once_into_one_folder(base, llama, tmp_path, capsys, monkeypatch):
+    added = lora.alpaca_lora(tmp_path / "lora")
+    with locked(tmp_path / "out"):
+        for call, args in ((merge_onto, (base.folder, [added])), (converted, (llama,))):
+            line = last_line(capsys, call, *args, tmp_path / "out")
+            assert f"{tmp_path}/out: another process is writing there; wait for it" in line
+    merge_onto(base.folder, [added], tmp_path / "out")
+    assert not list(tmp_path.glob("*.lock"))
+
+    import process
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "mine" / "ori_data").mkdir(parents=True)
+    for name in ("train", "dev"):
+        text = json.dumps({"text": f"{name}：王明到了北京。", "entity_list": []}, ensure_ascii=False)
+        (tmp_path / "data" / "mine" / "ori_data" / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
+    with locked("data/mine/instruct_data"), pytest.raises(SystemExit):
+        run_process(process)
+    assert "data/mine/instruct_data: another process is writing there" in capsys.readouterr().err
+    run_process(process)
+    assert sorted(path.name for path in (tmp_path / "data" / "mine").iterdir()) == ["instruct_data", "ori_data"]
+
+
+def run_process(process):
+    from config_utils import run_script
+
+    run_script(process.main, process.CONFIG, process.__file__, ["--data_name=mine"])
+
+
+HOLDING = """
+import sys, time
+from alpaca.common.locks import locked
+with locked(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_holds_no_lock(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another process is writing there"), locked(tmp_path / "out"):
+            pass
+        process.send_signal(signal.SIGKILL)
+    with locked(tmp_path / "out"):
+        assert (tmp_path / "out.lock").exists()
+    assert not (tmp_path / "out.lock").exists()
+
+
+def test_a_disk_without_locks_is_said(tmp_path, capsys, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with locked(tmp_path / "out"):
+        pass
+    assert "out.lock: 这个磁盘没有文件锁（No locks available）" in capsys.readouterr().err
+
+
+def test_home_blanks_and_chinese_quotes_in_paths(llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = tmp_path / "我的 “模型” 7B"
+    run(convert, input_dir="~", model_size="7B", output_dir=f"“{named}”")
+    added = lora.alpaca_lora(tmp_path / "a b" / "“lora”")
+    shutil.copytree(named, tmp_path / "‘quoted’")
+    argv = [f"--base_model={named}", f"--lora_model=~/a b/“lora”, {added.folder}", "--output_dir=~/新 模型"]
+    from config_utils import run_script
+
+    run_script(merge.main, merge.CONFIG, merge.__file__, argv)
+    expected = merged(Model(named, llama.weights).weights, added, added)
+    ours = load_file(tmp_path / "新 模型" / "model.safetensors")
+    assert all(torch.allclose(ours[name], tensor, rtol=2**-9, atol=2**-12) for name, tensor in expected.items())
+    assert vocabularies()["base"] == (tmp_path / "新 模型" / "tokenizer.model").read_bytes()
