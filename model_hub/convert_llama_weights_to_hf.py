@@ -93,7 +93,8 @@ def main(args):
 
     config, parts, files = read_meta(folder, args.max_position_embeddings)
     check_pieces(tokenizer, folder, config["vocab_size"])
-    output_dir = user_path(args.output_dir or f"./{args.model_size}-hf")
+    named = args.output_dir or f"./{args.model_size}-hf"
+    output_dir = user_path(named)
     specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
     stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "转换"))
@@ -105,7 +106,7 @@ def main(args):
         for path, digest in sums.items():
             print_sum(path, digest.result())
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
-    print(f"已写入 {output_dir}：{size:,} 字节，来自 {len(files)} 个权重文件，{seconds:.1f} 秒")
+    print(f"已写入 {named}：{size:,} 字节，来自 {len(files)} 个权重文件，{seconds:.1f} 秒")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def main(args):
             with kept_if_refused(work, output_dir):
                 prove(base_folder, base, adapters, work, args.output_type)
     print(
-        f"已写入 {output_dir}：{args.output_type}，{size:,} 字节，词表 {config['vocab_size']}，"
+        f"已写入 {args.output_dir}：{args.output_type}，{size:,} 字节，词表 {config['vocab_size']}，"
         f"合并了 {len(adapters)} 个 LoRA，{seconds:.1f} 秒"
     )
 
