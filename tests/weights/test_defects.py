@@ -13,17 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import specimens_hf as hf
 import specimens_lora as lora
 import specimens_meta as meta
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
+from alpaca.models.base import load_for_inference
+from alpaca.models.facts import read_facts, with_task
 from alpaca.weights import checksums
+from dataset import INSTRUCT
 from specimens import ALPACA, EMBEDDING, HEAD, Model, merged, vocabularies
-from test_specimens import convert, converted, merge, merge_onto, refused, run
+from test_specimens import convert, converted, made, merge, merge_onto, refused, run
 
 ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ROOT / "checkpoint/demo/shipped/adapter_model"
 
 
 @pytest.fixture
@@ -283,6 +288,10 @@ def run_process(process):
 HOLDING = """
 import sys, time
 from alpaca.common.locks import locked
+from alpaca.models.base import load_for_inference
+from alpaca.models.facts import read_facts, with_task
+from dataset import INSTRUCT
+from transformers import LlamaForCausalLM
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -326,3 +335,109 @@ def test_home_blanks_and_chinese_quotes_in_paths(llama, tmp_path, monkeypatch):
     ours = load_file(tmp_path / "新 模型" / "model.safetensors")
     assert all(torch.allclose(ours[name], tensor, rtol=2**-9, atol=2**-12) for name, tensor in expected.items())
     assert vocabularies()["base"] == (tmp_path / "新 模型" / "tokenizer.model").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adapters that are not merged
+
+IDS = [1, 300, 17, 5, 419, 5, 88, 2, 33]
+UNMERGED = ["alpaca_lora_16", "current_peft", "current_peft saving embeddings", "byte_order_mark", "llama_factory"]
+UNMERGED += ["names with default", "names with module", "bare names", "names with base_layer"]
+
+
+@pytest.mark.parametrize("name", UNMERGED)
+def test_every_command_reads_an_adapter_as_merge_does(tmp_path, name):
+    """PEFT would load names that it does not know as an untrained LoRA, with a warning."""
+    base, [added], _ = made(tmp_path, name)
+    weights = {name: tensor.float() for name, tensor in base.weights.items()}
+    expected = logits_of(base.folder, merged(weights, added))
+    plain = logits_of(base.folder, weights)
+    assert (expected - plain).abs().max() > 0.1
+    for merge_lora in (False, True):
+        model, _ = load_for_inference(added.folder, None, {}, str(base.folder), None, "fp32", "cpu", merge=merge_lora)
+        with torch.no_grad():
+            torch.testing.assert_close(model(torch.tensor([IDS])).logits, expected, atol=1e-4, rtol=1e-4)
+            if not merge_lora:
+                with model.disable_adapter():
+                    torch.testing.assert_close(model(torch.tensor([IDS])).logits, plain, atol=1e-4, rtol=1e-4)
+
+
+def logits_of(folder, weights):
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return model(torch.tensor([IDS])).logits
+
+
+def test_adapters_that_do_not_fit_are_refused_unmerged(tmp_path):
+    """Case by case with the reason, before the base is loaded."""
+
+    def load(added, base):
+        load_for_inference(added.folder, None, {}, str(base.folder), None, "fp32", "cpu")
+
+    base = hf.converted(tmp_path / "base")
+    with pytest.raises(UserError, match="brings embeddings for 797 pieces, .* has 512; merge it into its base"):
+        load(lora.chinese_llama(tmp_path / "lora1"), base)
+    with pytest.raises(
+        UserError,
+        match=r"changes model.layers.0.self_attn.q_proj.weight, of size 32 x 32, and the model has one of 64 x 64",
+    ):
+        load(lora.alpaca_lora(tmp_path / "lora2", hf.SHAPE_OF_33), base)
+    with pytest.raises(UserError, match="an empty adapter \\(443 bytes\\)"):
+        load(lora.empty_443(tmp_path / "lora3"), base)
+    with pytest.raises(UserError, match="its base, 'decapoda-research/llama-7b-hf', is not here; name its folder with"):
+        load_for_inference(lora.alpaca_lora(tmp_path / "lora4").folder, None, {}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("instructs", [], '"instructs" must be a list of instructions, got []'),
+        ("instructs", None, '"instructs" must be a list of instructions, got None'),
+        ("labels", "人名", "\"labels\" must be a list of entity types, or null, got '人名'"),
+        ("tokenizer_sha256", 5, '"tokenizer_sha256" must be a string, got 5'),
+        ("text_tokens", "many", '"text_tokens" must be a whole number above 0'),
+        ("max_seq_length", "512", '"config" has no max_seq_length of type int'),
+        ("model_dir", None, '"config" has no model_dir of type str'),
+    ],
+)
+def test_train_args_with_a_wrong_or_missing_key_is_one_line(tmp_path, key, value, message):
+    facts = json.loads((SHIPPED / "train_args.json").read_text(encoding="utf-8"))
+    read_facts(SHIPPED)
+    if key in facts:
+        facts[key] = value
+    elif key == "model_dir":
+        facts["config"].pop(key)
+    else:
+        facts["config"][key] = value
+    (tmp_path / "train_args.json").write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_facts(tmp_path)
+    assert f"{tmp_path}/train_args.json: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "facts", "instruct", "labels", "expected"),
+    [
+        (None, {}, None, None, {}),
+        (
+            None,
+            {},
+            None,
+            "人物,城市",
+            {"labels": ["人物", "城市"], "instructs": [INSTRUCT.replace("{labels}", "人物、城市")]},
+        ),
+        ("a", {}, "找{labels}：\\n", "人物", {"labels": ["人物"], "instructs": ["找人物：\n"]}),
+        ("a", {}, "翻译", None, {"labels": None, "instructs": ["翻译"]}),
+        ("a", {"labels": ["人名"], "instructs": ["x"]}, None, "none", {"labels": None, "instructs": ["x"]}),
+        ("a", {"labels": ["人名"], "instructs": ["x"]}, "y", None, {"labels": ["人名"], "instructs": ["y"]}),
+        ("a", {}, None, "人名", None),
+        ("a", {}, None, None, None),
+    ],
+)
+def test_what_is_asked(adapter, facts, instruct, labels, expected):
+    if expected is None:
+        with pytest.raises(UserError, match="has no train_args.json, for another tool made it"):
+            with_task(adapter, facts, instruct, labels)
+    else:
+        assert with_task(adapter, facts, instruct, labels) == expected

@@ -12,7 +12,8 @@ import specimens_hf as hf
 import specimens_lora as lora
 import specimens_meta as meta
 from reference_llama import logits
-from specimens import ALPACA, EMBEDDING, SEVEN_B, merged, vocabularies
+from specimen_table import GOES_THROUGH, REFUSED, table
+from specimens import ALPACA, EMBEDDING, ROOT, SEVEN_B, merged, vocabularies
 
 HUB = Path(__file__).resolve().parents[2] / "model_hub"
 sys.path.insert(0, str(HUB))
@@ -107,7 +108,7 @@ def test_a_converted_7b_answers_as_the_original_architecture(tmp_path):
 def test_llama_3_is_refused(tmp_path, capsys):
     model = meta.llama3(tmp_path / "in")
     line = refused(capsys, converted, model, tmp_path / "out")
-    assert "LLaMA-3" in line and not (tmp_path / "out").exists()
+    assert REFUSED["llama3"][2] in line and not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,19 +220,11 @@ def test_peft_gives_the_same_weights_for_the_specimen(tmp_path, name):
         torch.testing.assert_close(weights[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-REFUSED = {
-    "zero3": (lora.zero3, ["ZeRO-3"]),
-    "empty_443": (lora.empty_443, ["empty adapter (443 bytes)"]),
-    "on_embeddings": (lora.on_embeddings, ["embed_tokens", "LoRA on embeddings"]),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ["zero3", "empty_443", "on_embeddings"])
 def test_what_cannot_be_merged_is_named(tmp_path, capsys, name):
-    make, words = REFUSED[name]
     base = (hf.merged_llama if name == "zero3" else hf.converted)(tmp_path / "base")
-    line = refused(capsys, merge_onto, base.folder, [make(tmp_path / "lora")], tmp_path / "out")
-    assert [word for word in words if word not in line] == [], line
+    line = refused(capsys, merge_onto, base.folder, [getattr(lora, name)(tmp_path / "lora")], tmp_path / "out")
+    assert REFUSED[name][2] in line
     assert not (tmp_path / "out").exists()
 
 
@@ -268,8 +261,18 @@ def test_config_files_have_the_bytes_of_the_real_ones(tmp_path, make):
     assert {name: (folder / name).stat().st_size for name in SIZES[make]} == SIZES[make]
 
 
+def test_the_pages_have_the_table_of_all_specimens():
+    """Those that test_whole_way.py goes the whole way with, and those that are refused above."""
+    names = [f"{make.__name__} {size}" for make, size in OF_META]
+    names += ["published_pth llama", "published_pth alpaca", *(base[0].__name__ for base in BASES), *LORAS]
+    assert sorted(names) == sorted(name for row in GOES_THROUGH for name in row)
+    for language in ("zh", "en"):
+        page = ROOT / "docs" / language / "seven_b.md"
+        assert table(language) in page.read_text(encoding="utf-8")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# the whole way
+# from Meta's files to pth and back
 
 
 @pytest.mark.parametrize("pth_files", [1, 2, 4])
