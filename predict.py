@@ -92,6 +92,8 @@ def rows_written(path, texts):
 def main(args):
     check_generation(args)
     records = texts_asked_for(args)
+    if args.output_path and args.input_path and Path(args.output_path).resolve() == Path(args.input_path).resolve():
+        raise UserError(f"--output_path={args.output_path}: is the input; name another file")
     if args.resume and not args.output_path:
         raise UserError("--resume needs --output_path, the file to go on with")
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)

@@ -364,13 +364,14 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
     shutil.copytree(adapter, folder / "occupied" / "adapter_model")
     (folder / "occupied" / "predictions.jsonl").mkdir()
     (folder / "blank.txt").write_text("\n  \n\n")
+    (folder / "texts.txt").write_text("王明在北京\n", encoding="utf-8")
     return folder
 
 
 @pytest.mark.parametrize(
     "script, options, message",
     [
-        ("test.py", ["--data_name=nothing"], r"checkpoint/nothing: no adapter here; .*deepspeed train_trainer.py"),
+        ("test.py", ["--data_name=nothing"], r"checkpoint/nothing: no adapter here in .*deepspeed train_trainer.py"),
         ("test.py", ["--lora_model=nowhere"], "nowhere: no adapter here"),
         ("test.py", ["--lora_model={adapter}/.."], "no adapter here .*; name .*/adapter_model$"),
         ("test.py", ["--data_name=mine", "--dev_path=nowhere"], "nowhere: no such file"),
@@ -403,6 +404,11 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("test.py", ["--data_name=mine", "--max_examples=0"], "--max_examples=0: expected 1 or more, or -1 for all"),
         ("test.py", ["--data_name=mine", "--constrained=yes"], "--constrained=yes: expected auto, True, False"),
         ("predict.py", ["--lora_model={adapter}", "--resume"], "--resume needs --output_path"),
+        (
+            "predict.py",
+            ["--input_path={misfits}/texts.txt", "--output_path={misfits}/narrow/../texts.txt"],
+            "texts.txt: is the input; name another file",
+        ),
         ("predict.py", ["--input_path=nowhere"], "nowhere: no such file"),
         ("predict.py", ["--input_path={misfits}/blank.txt"], "blank.txt: the file holds only blank lines"),
         ("predict.py", ["--input_path=/dev/null"], "/dev/null: is a pipe or device; name a file"),

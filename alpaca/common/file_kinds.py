@@ -21,7 +21,7 @@ SIGNATURES = {
     b"%PDF-": ("a PDF", "extract its text first"),
     b"{\\rtf": ("an RTF document", "save it as UTF-8 text"),
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": (
-        "an old Excel or Word file (.xls, .doc)",
+        "an old Excel or Word file (.xls, .doc) or one with a password",
         "save it as .xlsx or as UTF-8 text",
     ),
     b"PAR1": ("a parquet file", "write its rows as JSON lines: pandas.read_parquet(…).to_json(…, lines=True)"),
@@ -73,6 +73,8 @@ def refuse_other_kinds(path):
     for bom, name in UTF_BOMS.items():
         if head.startswith(bom):
             raise UserError(f"{path}: is {name} text (Windows calls it Unicode); {_recode(path, name)}")
+    if re.match(rb"(\xef\xbb\xbf)?\s*<\?xml\b", head):
+        raise UserError(f"{path}: is an XML file; write its texts as lines or as JSON lines")
     if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", head, re.IGNORECASE):
         raise UserError(f"{path}: is an HTML page, perhaps of a download that failed; download the file itself")
     if PICKLE.match(head):

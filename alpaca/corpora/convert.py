@@ -10,7 +10,9 @@ from alpaca.corpora.formats import read_corpus
 from alpaca.corpora.offsets import other_counts, refuse_misfits, stands_at
 from dataset import format_answer
 
-INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufeff]")  # zero-width blanks and marks, the soft hyphen
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u00ad\u200b-\u200f\u2060\ufeff]"
+)  # controls, zero-width marks, soft hyphens
 
 
 class Task(NamedTuple):
@@ -39,6 +41,8 @@ def example_of_sentence(sentence, path, task, problems):
             problems.add("mismatch", path, line, place + (f"；{others[0]} 就相符" if others else ""))
         elif "\n" in entity or "\r" in entity:
             problems.add("newline", path, line, repr(entity))
+        elif not entity.strip():
+            problems.add("blank_entity", path, line, repr(entity))
         else:
             entities.append({"entity": entity, "type": task.labels[tag], "begin": begin, "end": end})
     entities.sort(key=lambda e: (e["begin"], -e["end"]))

@@ -9,9 +9,11 @@ from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import zip_kind
 from alpaca.common.text_files import parse_json, read_jsonl, read_lines
 from alpaca.corpora.sheets import csv_delimiter, read_csv, read_workbook
+from alpaca.corpora.tagged_columns import split_columns
 from dataset import optional_columns
 
 ASKED = ("text", "query", "instruct")  # the keys or columns that a question is made of; one of them must be there
+FEWEST_TAGGED = 3  # so many first lines that all end in a tag are no texts
 ARRAY = re.compile(r'\[\s*([\[{"\]]|$)')  # a line of text may begin with [ too, as in [1]
 
 
@@ -62,6 +64,9 @@ def records_of(path, lines, first):
         raise UserError(
             f"{path}: no column {', '.join(ASKED)} in the header {first[:60]!r}; name that of the texts text"
         )
+    tagged = [split_columns(line) for _, line in lines if line.strip()][:FEWEST_TAGGED]
+    if len(tagged) == FEWEST_TAGGED and all(tagged):
+        raise UserError(f"{path}: a corpus of characters and tags, {first!r}, not of texts; process.py reads those")
     for number, line in lines:
         if line.lstrip().startswith("{") and is_object(line):
             raise UserError(f"{path}:{number}: a JSON object among lines of plain text; give one kind")

@@ -11,7 +11,7 @@ def read_labels(labels):
     names = {}
     for label in labels:
         label = label.replace("：", ":")  # as a Chinese keyboard types it
-        tag, colon, name = (part.strip() for part in label.partition(":"))
+        tag, colon, name = (part.strip() for part in label.rpartition(":"))  # a tag may hold a :
         if not tag or not colon:
             raise UserError(f"--labels: expected TAG:name, got {label!r}; e.g. --labels=PER:人名,LOC:地名")
         if "_" in name:
@@ -32,6 +32,9 @@ def refuse_unknown_types(labels, unknown, used):
     """
     if not unknown:
         return
+    for tag, place in unknown.items():
+        if "," in tag or tag != tag.strip() or not tag:
+            raise UserError(f"{place}: --labels cannot name the entity type {tag!r}; rename it in the corpus")
     places = ", ".join(f"{tag!r} ({place})" for tag, place in unknown.items())
     known = [f"{tag}:{name or ''}" for tag, name in labels.items() if tag in used]
     option = ",".join([*known, *(f"{tag}:{tag.replace('_', '-')}" for tag in unknown)])

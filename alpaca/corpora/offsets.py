@@ -3,20 +3,21 @@
 from alpaca.common.errors import UserError
 
 FEWEST, SHARE = 5, 0.5  # of so many entities, such a share in the wrong place is a fault of the whole file
-# How else offsets are counted -> (what to say, the part of the text that they mean then).
+# How else offsets are counted -> (what to say, the part of the text that they mean then); of two ways that fit equally
+# often the first: those that differ in few texts only before the one that differs in all.
 OTHER_COUNTS = {
     "end + 1": ("end is the last character; read them with --ends=inclusive", lambda t, b, e: t[b : e + 1]),
     "begin - 1": (
         "they count from 1, end is the last character; subtract 1 from each begin",
         lambda t, b, e: t[b - 1 : e],
     ),
-    "both - 1": ("they count from 1; subtract 1 from both", lambda t, b, e: t[b - 1 : e - 1]),
     "UTF-8 bytes": ("they count bytes; count characters", lambda t, b, e: t.encode()[b:e].decode(errors="replace")),
     "UTF-16 units": (
         "they count an emoji as two; count characters",
         lambda t, b, e: t.encode("utf-16-le")[2 * b : 2 * e].decode("utf-16-le", errors="replace"),
     ),
     "CRLF": ("they count a line end as two; count characters", lambda t, b, e: t.replace("\n", "\r\n")[b:e]),
+    "both - 1": ("they count from 1; subtract 1 from both", lambda t, b, e: t[b - 1 : e - 1]),
 }
 
 

@@ -59,7 +59,7 @@ def check_header(where, header):
 def read_workbook(path, columns):
     """Yield (row number, {column: value}) of the first sheet of an .xlsx file whose header has one of `columns`.
 
-    A value is a str, an int or a float, as the cell is; None: an empty cell. Rows without any value are left out.
+    A value is a str, an int, a float or a bool, as the cell is; None: an empty cell. Rows without any value are left out.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -132,12 +132,14 @@ def sheet_rows(archive, part, shared):
 
 
 def cell_value(cell, shared):
-    """A cell's str, int or float; None where it is empty."""
+    """A cell's str, int, float or bool; None where it is empty or an error of a formula."""
     kind, value = cell.get("t", "n"), cell.findtext(f"{SHEETS}v")
     if kind == "inlineStr":
         return string_of(cell.find(f"{SHEETS}is"))
-    if value is None:
+    if value is None or kind == "e":  # e: an error, as #N/A
         return None
+    if kind == "b":
+        return value == "1"
     if kind == "s":
         return shared[int(value)]
     if kind == "n":

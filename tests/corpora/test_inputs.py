@@ -117,6 +117,7 @@ def test_excel(tmp_path):
         ("a.csv", "text,text\n7,天\n", "a.csv: two columns are named 'text'"),
         ("a.txt", "天\r地\r", "a.txt:1: a carriage return in the line"),
         ("a.txt", "<!doctype html>", "a.txt: is an HTML page"),
+        ("a.txt", "天\tO\n\n程\tB-PER\n群\tI-PER\n", "a.txt: a corpus of characters and tags, .*process.py reads"),
     ],
 )
 def test_what_is_no_file_of_texts_is_refused(tmp_path, name, content, message):

@@ -102,7 +102,7 @@ def test_invisible_characters_stay_and_are_counted(convert, capsys):
     (example,) = convert("梁\tB-PER\n\u200b雨\tI-PER\n来\tO\n")
     assert (example["text"], example["answer"]) == ("梁\u200b雨来", "梁\u200b雨_人名")
     out, err = capsys.readouterr()
-    assert "另外：含零宽字符的句子（照原样保留） 1" in out and "train.txt:1: 含零宽字符" in err
+    assert "另外：含零宽或控制字符的句子（照原样保留） 1" in out and "train.txt:1: 含零宽或控制字符" in err
 
 
 def packed(name):
@@ -129,6 +129,8 @@ TEXT = DEV + "\n" + DEV.replace("在", "的人去了")
         (lambda: b"\x80\x04\x95\x0b\x00\x00", ["is a pickle"]),
         (lambda: b"SQLite format 3\x00\x10", ["is an SQLite database"]),
         (lambda: bytes(2000), ["is no text", "NUL"]),
+        (lambda: b"<?xml version='1.0'?><a>", ["is an XML file"]),
+        (lambda: b"\n \n# id\n", ["holds only blank lines and comments"]),
         (lambda: b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>404", ["is an HTML page", "download"]),
         (lambda: b"version https://git-lfs.github.com/spec/v1\noid", ["Git LFS pointer", "git lfs pull"]),
         (lambda: TEXT.encode("utf-16"), ["is UTF-16 text", "iconv -f UTF-16 -t UTF-8"]),
@@ -175,6 +177,7 @@ def inclusive_dev():
         ("去梁雨家", 2, 4, "both - 1: they count from 1"),
         ("去梁雨家", 2, 3, "begin - 1: they count from 1"),
         ("去梁雨家", 3, 9, "UTF-8 bytes: they count bytes"),
+        ("😀梁雨家", 2, 4, "UTF-16 units: they count an emoji as two"),
         ("😀😀梁雨家", 4, 6, "UTF-16 units: they count an emoji as two"),
         ("在\n\n梁雨家", 5, 7, "CRLF: they count a line end as two"),
         ("去梁雨家", 0, 2, "are the offsets those of another version of the text?"),
@@ -213,3 +216,17 @@ def test_types_may_be_left_out(convert, capsys):
         "不要的类型的实体（--labels=标签:） 3" in out
         and "train.txt:3: 不要的类型的实体（--labels=标签:）：'洛'，GPE" in err
     )
+
+
+def test_types_with_a_colon_can_be_named_those_with_a_comma_not(convert, capsys):
+    assert convert("梁\tB-A:x\n", "--labels=A:x:人名,LOC:地名")[0]["answer"] == "梁_人名"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        convert("梁\tB-A,x\n")
+    assert "train.txt:1: --labels cannot name the entity type 'A,x'; rename it" in capsys.readouterr().err
+
+
+def test_an_entity_of_blanks_is_none(convert, capsys):
+    (example,) = convert(spans("梁 来", (0, 1, "梁"), (1, 2, " ")))
+    assert example["answer"] == "梁_人名"
+    assert "只有空白的实体（已从答案去掉） 1" in capsys.readouterr().out

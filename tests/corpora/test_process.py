@@ -440,7 +440,9 @@ def test_no_right_to_write_is_one_line(corpus, capsys, monkeypatch):
     monkeypatch.setattr("alpaca.common.folders.os.access", lambda path, mode: False)
     with pytest.raises(SystemExit, match="2"):
         process()
-    assert capsys.readouterr().err.startswith("error: data/t: no right to write there; change its owner")
+    assert capsys.readouterr().err == (
+        f"error: {os.getcwd()}/data/t: no right to write there; change its owner or mode, or work in another folder\n"
+    )
 
 
 def test_an_error_of_the_system_is_one_line(corpus, capsys, monkeypatch):
