@@ -172,6 +172,8 @@ def test_a_format_is_not_taken_for_another():
     ):
         assert detect_format(write("json.txt", content)) == "jsonl"
     assert detect_format(write("bio.txt", "{ O\n")) == "bio"
+    assert detect_format(write("bio.txt", "-DOCSTART- -X- O O\n\n雪 O\n")) == "bio"
+    assert detect_format(write("bio.txt", "# 一\n雪 n O\n")) == "conll"
 
 
 ANN = "T1\tPER 4 7\t梁小雨\nT2\tORG 9 15\t洛阳市图书馆\n"
@@ -190,11 +192,12 @@ def test_a_folder_of_brat(capsys):
     write("brat/b.txt", "下雪了。\n")
     write("brat/b.ann", "")
     write("brat/sub/a.txt", "雨。\n" + TEXT)
-    write("brat/sub/a.ann", "T1\tPER 7 10\t梁小雨\n")
+    write("brat/sub/a.ann", "T1\tPER 7 10\t梁小雨\nT2\tPER 3 5\t梁小\n")
     write("brat/c.txt", "还没有标。\n")
     assert entities(process(Path("brat"))) == [("下雪了。", []), ("雨。", []), (TEXT, [PERSON])]
     out, err = capsys.readouterr()
-    assert left_out(out) == {"还没有标注的任务（不读）": 1}
+    assert left_out(out) == {"还没有标注的任务（不读）": 1, "与文本不符的实体（已从答案去掉）": 1}
+    assert f"{Path('brat/sub/a.ann')}:2: 与文本不符的实体" in err
     assert f"{Path('brat/c.txt')}:1: 还没有标注的任务（不读）：没有 c.ann" in err
 
 
