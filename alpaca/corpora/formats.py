@@ -56,7 +56,9 @@ def detect_format(path):
     path = Path(path)
     head = Head(path, "", [])
     if not path.is_dir() and path.suffix != ".ann":
-        line = next((line for _, line in read_lines(path) if line.strip() and not is_heading(line)), "")
+        line = next((line for _, line in read_lines(path) if line.strip() and not is_heading(line)), None)
+        if line is None:
+            raise UserError(f"{path}: the file holds only blank lines and comments")
         head = Head(path, line, first_records(path) if line.lstrip()[:1] in ("{", "[") else [])
     for name, (recognises, _) in FORMATS.items():
         if recognises(head):

@@ -10,7 +10,7 @@ from alpaca.answering.batch import Row
 from alpaca.answering.grammar import AnswerGrammar, forbid
 from alpaca.answering.predictions import make_grammar
 from alpaca.common.errors import UserError
-from alpaca.corpora.convert import convert
+from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems
 from alpaca.models.tokenizer import load_tokenizer
@@ -81,7 +81,7 @@ def test_brute_force(grammar, tokenizer, text, alphabet):
 def test_every_right_answer_can_be_given(grammar, tokenizer):
     """All of the demo's dev set, every token in the mask."""
     labels = read_labels(CONFIG["labels"])
-    examples = convert("data/demo/ori_data/dev.txt", "auto", labels, "", "", Problems())
+    examples = convert("data/demo/ori_data/dev.txt", "jsonl", Task(labels, "", ""), Problems())
     names = AnswerGrammar(tokenizer, labels.values())
     for example in examples[:150]:
         assert accepts(names, example["text"], tokenizer.encode_texts([example["answer"]])[0]) == (True, True)
