@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from alpaca.answering.generate import generate
-from alpaca.corpora.convert import convert
+from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
 from alpaca.corpora.problems import Problems
 from alpaca.models.tokenizer import load_tokenizer
@@ -46,7 +46,7 @@ def demo_examples(count):
     """[(prompt, answer)] of the demo's dev set, the task that no stage trains."""
     labels = read_labels(DEFAULT_LABELS)
     instruct = INSTRUCT.replace("{labels}", "、".join(labels.values()))
-    examples = convert(DEMO_DEV, "jsonl", labels, instruct, QUERY_PREFIX, Problems())[:count]
+    examples = convert(DEMO_DEV, "jsonl", Task(labels, instruct, QUERY_PREFIX), Problems())[:count]
     return [(build_prompt(e["instruct"], e["query"]), e["answer"]) for e in examples]
 
 
