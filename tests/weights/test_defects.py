@@ -23,6 +23,7 @@ from alpaca.common.locks import locked
 from alpaca.models.base import load_for_inference
 from alpaca.models.facts import read_facts, with_task
 from alpaca.weights import checksums
+from config_utils import run_script
 from dataset import INSTRUCT
 from specimens import ALPACA, EMBEDDING, HEAD, Model, merged, vocabularies
 from test_specimens import convert, converted, made, merge, merge_onto, refused, run
@@ -280,8 +281,6 @@ def test_two_at_once_into_one_folder(base, llama, tmp_path, capsys, monkeypatch)
 
 
 def run_process(process):
-    from config_utils import run_script
-
     run_script(process.main, process.CONFIG, process.__file__, ["--data_name=mine"])
 
 
@@ -328,8 +327,6 @@ def test_home_blanks_and_chinese_quotes_in_paths(llama, tmp_path, monkeypatch):
     added = lora.alpaca_lora(tmp_path / "a b" / "“lora”")
     shutil.copytree(named, tmp_path / "‘quoted’")
     argv = [f"--base_model={named}", f"--lora_model=~/a b/“lora”, {added.folder}", "--output_dir=~/新 模型"]
-    from config_utils import run_script
-
     run_script(merge.main, merge.CONFIG, merge.__file__, argv)
     expected = merged(Model(named, llama.weights).weights, added, added)
     ours = load_file(tmp_path / "新 模型" / "model.safetensors")

@@ -24,6 +24,7 @@ from harness import INSTRUCTION, make_records, run_script, write_jsonl
 from specimens import EMBEDDING, Lora, merged
 from test_specimens import BASES, LORAS, OF_META, assert_holds, convert, converted, made, merge, merge_onto, run
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("test_command", ROOT / "test.py")  # `import test` is the library's own
 test_command = importlib.util.module_from_spec(spec)
