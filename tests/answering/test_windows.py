@@ -56,6 +56,13 @@ def test_windows_of_random_texts():
         assert not any({*text[begin:end]} & {*"。！\n"} for begin, end in windows if end in inside)
 
 
+def test_no_window_ends_across_what_is_to_be_kept():
+    """Even where it would end anywhere; what is longer than a window is cut all the same."""
+    assert cut_text("长" * 30, len, 10, keep=[(8, 12), (6, 9), (12, 18)])[0] == [(0, 6), (6, 12), (12, 22), (22, 30)]
+    assert cut_text("长" * 30, len, 10, keep=[(0, 30)])[0] == [(0, 10), (10, 20), (20, 30)]
+    assert cut_text("好。长，长" * 2, len, 5, keep=[(1, 3)])[0] == [(0, 4), (4, 7), (7, 10)]
+
+
 def test_a_book_takes_no_time():
     text = "王明去年在北京，李华在上海。" * 1500
     start = time.perf_counter()

@@ -505,6 +505,15 @@ def test_no_entity_is_cut_through(corpus, base_dir):
     assert sum(len(example["entities"]) for example in train) == 80
 
 
+def test_answers_longer_than_texts_make_smaller_windows(corpus, base_dir):
+    text = "".join(chr(0x4E00 + i) + "。" * (i % 10 == 9) for i in range(300))
+    found = [(i, i + 1, "ORG") for i, char in enumerate(text) if char != "。"]
+    corpus([sentence(text, *found)], DEV)
+    train, _ = process(f"--model_dir={base_dir}", "--max_seq_length=700")
+    lengths = [len(e.prompt_ids) + len(e.answer_ids) for e in encode_examples(load_tokenizer(base_dir), train)]
+    assert max(lengths) <= 700 and sum(len(example["entities"]) for example in train) == 300
+
+
 def test_without_a_tokenizer_long_documents_are_named(corpus, capsys):
     corpus([sentence("往" * 600)], DEV)
     train, _ = process("--model_dir=nowhere")
