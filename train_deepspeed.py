@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from alpaca.training.loss import answer_loss
 from alpaca.training.run import Run
-from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step
+from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step, use_settings
 from config_utils import run_script
 
 CONFIG = {
@@ -80,6 +80,7 @@ def main(args):
     step = 0
     if run.resume_from:
         engine.load_checkpoint(str(run.resume_from.parent), tag=run.resume_from.name, load_module_strict=False)
+        use_settings(engine.optimizer, scheduler, run.settings)
         step = engine.global_steps
     run.begin(step)
     sigterm = catch_sigterm()

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from alpaca.training.checkpoints import step_of
 from alpaca.training.loss import answer_loss
 from alpaca.training.run import Run
-from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step
+from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step, use_settings
 from config_utils import run_script
 
 CONFIG = {
@@ -126,6 +126,10 @@ class LogCallback(TrainerCallback):
     def __init__(self, run, losses):
         self.run, self.losses = run, losses
         self.lr, self.sigterm, self.stop = 0.0, catch_sigterm(), False
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        if self.run.resume_from:  # which is loaded now; the wrappers are accelerate's
+            use_settings(optimizer.optimizer, lr_scheduler.scheduler, self.run.settings)
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self.lr = lr_scheduler.get_last_lr()[0]  # when Trainer logs, DeepSpeed has moved on to the next step's

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 
 from alpaca.common.console import end_bars, is_main, say
 from alpaca.common.errors import UserError
-from alpaca.training.lora import zero_stage
 
 
 @contextmanager
@@ -34,6 +33,21 @@ def saving(path):
             f"{path}: cannot be written ({first}); free some space there, then go on with --resume. The adapter and the "
             "checkpoints that were saved before are intact"
         ) from None
+
+
+def from_main(call):
+    """What `call` returns on rank 0, on every rank. A UserError there is raised on all of them, so that all end at once."""
+    answer = [None, None]
+    if is_main():
+        try:
+            answer[0] = call()
+        except UserError as error:
+            answer[1] = str(error)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 def start_run(save_dir, resume_from):
@@ -126,32 +140,3 @@ def checkpoint(folder, save_total_limit, identity):
         for old in complete_checkpoints(folder.parent)[:-save_total_limit] if save_total_limit > 0 else []:
             (old / "complete").unlink()
             shutil.rmtree(old)
-
-
-def identity_of(args, loader):
-    """What a resumed run must share with the one that it goes on with, or its data order would be another."""
-    batch_size, accumulation, world_size = loader.shape
-    return {
-        "train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "ranks": world_size,
-        "seed": args.seed,
-        "examples": len(loader.examples),
-        "lora_r": args.lora_r,
-        "deepspeed_zero_optimization_stage": zero_stage(args),
-    }
-
-
-def check_resumed(checkpoint, identity):
-    """UserError where the identity is not that of the run that wrote the checkpoint."""
-    text = (checkpoint / "complete").read_text(encoding="utf-8")
-    try:
-        written = dict(json.loads(text)) if text.strip() else {}
-    except ValueError:
-        raise UserError(f"{checkpoint}/complete: not what a training run wrote; train without --resume") from None
-    for key, value in identity.items():
-        if written.get(key, value) != value:
-            raise UserError(
-                f"--resume: {checkpoint} was written with {key} {written[key]}, this run has {value}; make them equal, or "
-                "train without --resume"
-            )

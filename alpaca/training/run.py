@@ -13,8 +13,9 @@ from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.adapter_writer import BestScore, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data
 from alpaca.training.batches import TrainLoader, eval_batches
-from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, identity_of, start_run
+from alpaca.training.checkpoints import checkpoint, checkpoint_to_resume, from_main, start_run, step_of
 from alpaca.training.evaluate import evaluate_f1
+from alpaca.training.identity import check_resumed, identity_of, read_identity
 from alpaca.training.lora import add_lora, check_options, compile_for_training
 from alpaca.training.loss import evaluate_loss
 from alpaca.training.prefix_tree import make_collate
@@ -39,6 +40,7 @@ class Run:
 
         check_options(args)
         self.resume_from = checkpoint_to_resume(self.save_dir, args.resume)
+        written = read_identity(self.resume_from) if self.resume_from else {}
         self.tokenizer = load_tokenizer(args.model_dir)
         (train_records, self.train_set), (self.dev_records, self.dev_set) = load_audited_data(
             self.train_path, dev_path, self.tokenizer, args
@@ -46,7 +48,9 @@ class Run:
         self.facts = training_facts(args, train_records)
 
         self.device, self.rank, self.world_size = init_distributed()
-        self.precision, self.settings = resolve_precision(args.precision, args.deepspeed, self.device)
+        asked = {args.precision, *(args.deepspeed.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16"))}
+        own = written.get("precision", "auto") if asked == {"auto"} else args.precision  # of a run that is resumed
+        self.precision, self.settings = resolve_precision(own, args.deepspeed, self.device)
         where = describe_device(self.device, self.precision, self.world_size)
         say(f"{where}, 训练 {len(self.train_set)} 条, 验证 {len(self.dev_set)} 条")
 
@@ -56,9 +60,10 @@ class Run:
         epochs = args.num_train_epochs * self.loader.steps_per_epoch
         self.total_steps = args.max_steps if args.max_steps > 0 else epochs
         self.scheduler = partial(make_scheduler, args=args, total_steps=self.total_steps)
-        self.identity = identity_of(args, self.loader)
+        facts = self.precision, self.train_path, self.loader, self.total_steps
+        self.identity = from_main(lambda: identity_of(args, *facts))
         if self.resume_from:
-            check_resumed(self.resume_from, self.identity)
+            check_resumed(self.resume_from, step_of(self.resume_from), written, self.identity)
 
     def load_model(self):
         """The base with fresh LoRA adapters on this rank's device, its layers compiled where --compile says so."""

@@ -22,6 +22,21 @@ def make_scheduler(optimizer, args, total_steps):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: warmup_linear(k, warmup_steps, total_steps))
 
 
+def use_settings(optimizer, scheduler, settings):
+    """Give a resumed run its own learning rate, betas, weight decay and clipping: a load has set the checkpoint's.
+
+    optimizer: DeepSpeed's or torch's. scheduler: make_scheduler's, after its load. settings: DeepSpeed's.
+    """
+    params = settings["optimizer"]["params"]
+    numbers = {key: params[key] for key in ("betas", "weight_decay") if key in params}
+    scheduler.base_lrs = [params["lr"]] * len(scheduler.base_lrs)
+    scheduler._last_lr = [params["lr"] * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, lr in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+        group.update(numbers, lr=lr, initial_lr=params["lr"])
+    if hasattr(optimizer, "clip_grad"):  # at stage 0 in fp32 the engine clips, by its own settings
+        optimizer.clip_grad = settings.get("gradient_clipping", 0.0)
+
+
 def seed_step(seed, step, rank):
     """Draw dropout from (seed, step, rank) alone, so that a resumed run needs no generator's state."""
     torch.manual_seed(random.Random(f"{seed}-{step}-{rank}").getrandbits(63))

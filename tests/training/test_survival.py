@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -20,7 +19,8 @@ from safetensors.torch import load_file
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import adapter_or_old
 from alpaca.training import checkpoints
-from alpaca.training.checkpoints import check_resumed, checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
+from alpaca.training.checkpoints import checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
+from alpaca.training.identity import check_resumed, read_identity
 from harness import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
@@ -198,16 +198,37 @@ def test_resuming_an_earlier_step_puts_the_later_ones_aside(tmp_path, alone):
     assert (tmp_path / "checkpoint-15.old" / "state").read_text(encoding="utf-8") == "15"
 
 
+def resume(folder, **identity):
+    check_resumed(folder, checkpoints.step_of(folder), read_identity(folder), identity)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, alone):
-    write_checkpoint(tmp_path, 5, facts={"train_batch_size": 12, "ranks": 2})
-    check_resumed(tmp_path / "checkpoint-5", {"train_batch_size": 12, "ranks": 2})
+    write_checkpoint(tmp_path, 5, facts={"total_steps": 50, "ranks": 2, "warmup_ratio": 0.1, "seed": 1})
+    folder = tmp_path / "checkpoint-5"
+    same = {"total_steps": 50, "ranks": 2, "warmup_ratio": 0.1}
+    resume(folder, **same)
     with pytest.raises(UserError, match="checkpoint-5 was written with ranks 2, this run has 1; make them equal"):
-        check_resumed(tmp_path / "checkpoint-5", {"train_batch_size": 12, "ranks": 1})
-    (tmp_path / "checkpoint-5" / "complete").write_text("?", encoding="utf-8")
+        resume(folder, **{**same, "ranks": 1})
+    with pytest.raises(UserError, match="total_steps 50, this run has 60; .*--lora_model=.*checkpoint-5/adapter_model"):
+        resume(folder, **{**same, "total_steps": 60})
+    with pytest.raises(UserError, match="warmup_ratio 0.1, this run has 0.2; it can only be changed while"):
+        resume(folder, **{**same, "warmup_ratio": 0.2})  # the five steps of the warm-up are over
+    (folder / "complete").write_text("?", encoding="utf-8")
     with pytest.raises(UserError, match="complete: not what a training run wrote"):
-        check_resumed(tmp_path / "checkpoint-5", {"ranks": 1})
+        read_identity(folder)
 
 
-def test_old_marker_is_accepted(tmp_path):
-    (tmp_path / "complete").touch()
-    assert check_resumed(Path(tmp_path), {"ranks": 1}) is None
+def test_the_warm_up_may_change_while_it_lasts(tmp_path, alone):
+    write_checkpoint(tmp_path, 4, facts={"total_steps": 50, "warmup_ratio": 0.1})
+    resume(tmp_path / "checkpoint-4", total_steps=50, warmup_ratio=0.2)
+
+
+def test_markers_of_earlier_versions_are_compared_on_what_they_have(tmp_path):
+    folder = tmp_path / "checkpoint-5"
+    folder.mkdir()
+    (folder / "complete").touch()
+    resume(folder, ranks=1, total_steps=50, lora_alpha=32)
+    (folder / "complete").write_text('{"train_batch_size": 12, "gradient_accumulation_steps": 1, "ranks": 2}')
+    resume(folder, ranks=2, examples_per_step=24, lora_alpha=32)
+    with pytest.raises(UserError, match="examples_per_step 24, this run has 12"):
+        resume(folder, ranks=2, examples_per_step=12)

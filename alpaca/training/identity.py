@@ -1,0 +1,154 @@
+"""What a run is: the facts that a resumed run must share with the one that it goes on with."""
+
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from alpaca.common.errors import UserError
+from alpaca.common.options import flatten
+from alpaca.models.base import check_model_dir
+from alpaca.models.tokenizer import how_to_get, tokenizer_sha256
+from alpaca.training.lora import zero_stage
+from dataset import PROMPT_SHA256
+
+# What a run may change when it is resumed. Every other option must be the run's own, and so must what identity_of adds.
+MAY_CHANGE = {
+    # where things are; data and base are compared by what they hold
+    *("data_name", "train_path", "dev_path", "model_dir", "save_dir", "deepspeed_json_path", "local_rank", "resume"),
+    # the optimizer's numbers
+    *("deepspeed_optimizer_params_lr", "deepspeed_optimizer_params_betas", "deepspeed_optimizer_params_weight_decay"),
+    "warmup_ratio",  # while the warm-up lasts; see check_resumed
+    # how a step's examples are split; the examples of a step are compared
+    *("train_batch_size", "gradient_accumulation_steps"),
+    # compared as what they come to: the steps of the schedule, the precision that the device has
+    *("num_train_epochs", "max_steps", "precision"),
+    # how it is computed, logged, saved and evaluated
+    *("compile", "gradient_checkpointing", "log_steps", "tensorboard", "too_long"),
+    *("save_steps", "save_total_limit", "safe_serialization", "eval_steps", "eval_examples", "best"),
+}
+# Of the DeepSpeed file, the optimizer and the stage decide the weights; the rest says how memory and messages are managed.
+DEEPSPEED_DECIDES = ("deepspeed_optimizer_", "deepspeed_zero_optimization_stage")
+TENSOR_BYTES, PARTS = 64 * 1024, 16  # how much of a tensor is read, in how many parts, from its beginning to its end
+
+
+def identity_of(args, precision, train_path, loader, total_steps):
+    """{fact: value} as JSON holds it, of the options outside MAY_CHANGE and of what the run reads. Takes a second for 7B."""
+    names = [*flatten(args.nested)]
+    names += [name for name in flatten(args.deepspeed, ("deepspeed",)) if name.startswith(DEEPSPEED_DECIDES)]
+    batch_size, accumulation, ranks = loader.shape
+    return {
+        **{name: getattr(args, name) for name in names if name not in MAY_CHANGE},
+        "deepspeed_zero_optimization_stage": zero_stage(args),
+        "lora_target_modules": sorted(args.lora_target_modules),
+        "ranks": ranks,
+        "examples_per_step": batch_size * accumulation * ranks,
+        "examples": len(loader.examples),
+        "total_steps": total_steps,
+        "warmup_ratio": args.warmup_ratio,
+        "precision": precision,
+        "prompt_sha256": PROMPT_SHA256,
+        "train_data_sha256": _file_sha256(train_path),
+        "base_config_sha256": _config_sha256(args.model_dir),
+        "base_tokenizer_sha256": tokenizer_sha256(args.model_dir),
+        "base_tensors_sha256": _tensors_sha256(args.model_dir),
+    }
+
+
+def read_identity(checkpoint):
+    """The identity_of the run that wrote a checkpoint; earlier versions wrote fewer facts, or none."""
+    text = (checkpoint / "complete").read_text(encoding="utf-8")
+    try:
+        written = dict(json.loads(text)) if text.strip() else {}
+    except ValueError:
+        raise UserError(f"{checkpoint}/complete: not what a training run wrote; train without --resume") from None
+    split = [written.get(key) for key in ("train_batch_size", "gradient_accumulation_steps", "ranks")]
+    if "examples_per_step" not in written and all(split):
+        written["examples_per_step"] = split[0] * split[1] * split[2]
+    return written
+
+
+def check_resumed(checkpoint, step, written, identity):
+    """UserError, naming both values, where `identity` is not that of the run that wrote the checkpoint after `step` steps."""
+    warming = step < min(facts.get("warmup_ratio", 0) * identity.get("total_steps", 0) for facts in (written, identity))
+    for key, value in identity.items():
+        was = written.get(key, value)
+        if was == value or key == "warmup_ratio" and warming:
+            continue
+        remedy = "make them equal, or train without --resume"
+        if key == "total_steps":
+            remedy = (
+                "the schedule of a run is as long as it began: give the same --max_steps or --num_train_epochs. The LoRA of "
+                f"this checkpoint is --lora_model={checkpoint}/adapter_model; for more steps train without --resume"
+            )
+        elif key == "warmup_ratio":
+            remedy = "it can only be changed while the warm-up lasts; make them equal"
+        elif key == "examples_per_step":
+            remedy = (
+                "--train_batch_size x --gradient_accumulation_steps x ranks must stay the same, in any split; make them "
+                "equal, or train without --resume"
+            )
+        raise UserError(
+            f"--resume: {checkpoint} was written with {key} {_shown(was)}, this run has {_shown(value)}; {remedy}"
+        )
+
+
+def _shown(value):
+    """A hash by its beginning, as git shows one."""
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text[:12] + "…" if len(text) == 64 else text
+
+
+def _file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _config_sha256(model_dir):
+    """Of config.json, without what says only who wrote it."""
+    config = check_model_dir(model_dir)
+    facts = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_sha256(model_dir):
+    """Of each tensor's name, shape, type, and 64 KiB spread over its bytes: enough to tell two models apart."""
+    digest = hashlib.sha256()
+    for path in _weight_files(Path(model_dir)):
+        try:
+            for name, tensor in _mapped_tensors(path):
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+                data = tensor.contiguous().flatten().view(torch.uint8)
+                size = min(TENSOR_BYTES // PARTS, len(data))
+                for part in range(PARTS):
+                    start = (len(data) - size) * part // (PARTS - 1)
+                    digest.update(data[start : start + size].numpy().tobytes())
+        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"{path}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
+    return digest.hexdigest()
+
+
+def _weight_files(model_dir):
+    """The files that transformers would load, in the order of their names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = model_dir / f"{name}.index.json"
+        if (model_dir / name).is_file():
+            return [model_dir / name]
+        if index.is_file():
+            return [
+                model_dir / file for file in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+            ]
+    return []
+
+
+def _mapped_tensors(path):
+    """(name, tensor) in order of their names; only what is looked at is read from the disk."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+    else:
+        yield from sorted(torch.load(path, weights_only=True, mmap=True).items())
