@@ -70,7 +70,7 @@ CONFIG = {
 
 
 class AdapterTrainer(Trainer):
-    """The stock Trainer with seven methods replaced, each for one reason."""
+    """The stock Trainer with eight methods replaced, each for one reason."""
 
     def __init__(self, run, losses, **kwargs):
         # Not called, since compute_loss is replaced; it tells older versions what loss_is_scaled_for_ga tells newer ones.
@@ -87,6 +87,11 @@ class AdapterTrainer(Trainer):
         if self.lr_scheduler is None:
             self.lr_scheduler = self.run.scheduler(optimizer or self.optimizer)
         return self.lr_scheduler
+
+    def _run_epoch(self, **kwargs):
+        """Extended: a run that is resumed after its last step, to be saved or evaluated, takes no step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
 
     def training_step(self, engine, *args, **kwargs):
         """Extended: Trainer's train() and zero_grad() visit every module and parameter of a 7B with LoRA at every step."""
@@ -130,6 +135,7 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if self.run.resume_from:  # which is loaded now; the wrappers are accelerate's
             use_settings(optimizer.optimizer, lr_scheduler.scheduler, self.run.settings)
+        self.run.begin(state.global_step)
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self.lr = lr_scheduler.get_last_lr()[0]  # when Trainer logs, DeepSpeed has moved on to the next step's
@@ -187,7 +193,6 @@ def main(args):
 
     model = run.load_model()
     first_step, losses = step_of(run.resume_from) if run.resume_from else 0, []
-    run.begin(first_step)
     run.loader.seek(first_step)
     log_callback = LogCallback(run, losses)
     trainer = AdapterTrainer(
@@ -200,8 +205,7 @@ def main(args):
         callbacks=[log_callback],
     )
     trainer.remove_callback(PrinterCallback)
-    if first_step < run.total_steps:  # else Trainer would take one step more
-        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     if log_callback.stop and trainer.state.global_step < run.total_steps:
         end_by_sigterm(trainer.state.global_step)
     run.end()

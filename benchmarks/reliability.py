@@ -107,8 +107,8 @@ def weights_of(run):
 
 
 def whole_adapter(run):
-    """The adapter that a loader finds, or None. A run without a checkpoint is not resumed: the next moves it to .old."""
-    folders = (adapter_or_old(folder / "adapter_model") for folder in (run, run.with_name(run.name + ".old")))
+    """The adapter that a loader finds, or None. A run without a checkpoint is not resumed: the next moves it to .old-<n>."""
+    folders = (adapter_or_old(folder / "adapter_model") for folder in (run, *run.parent.glob(run.name + ".old*")))
     return next((folder for folder in folders if folder and read_adapter(folder)), None)
 
 

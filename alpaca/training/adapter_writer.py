@@ -82,6 +82,12 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
         shutil.rmtree(old, ignore_errors=True)
 
 
+def adapter_step(save_dir):
+    """The step of the adapter in <save_dir>/adapter_model, or None if there is none."""
+    path = Path(save_dir) / "adapter_model" / "train_args.json"
+    return load_config(path)[1].get("step") if path.is_file() else None
+
+
 class BestScore:
     """Which evaluated states are to become adapter_model/: those that score better than the one that is there."""
 

@@ -4,7 +4,9 @@ Each is written whole or not at all, so that a run that is killed or meets a ful
 """
 
 import json
+import os
 import re
+import shlex
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,32 +52,59 @@ def from_main(call):
     return answer[0]
 
 
-def start_run(save_dir, resume_from):
-    """Make save_dir ready: an earlier run in it is moved to `<save_dir>.old`, unless it is to be resumed.
+def check_save_dir(save_dir, resume_from):
+    """UserError where no run can write to save_dir, or where it holds files, but no run. Asked before the weights load."""
+    save_dir = Path(save_dir).resolve()
+    if save_dir.exists() and not save_dir.is_dir():
+        raise UserError(f"--save_dir={save_dir}: is a file; name a folder")
+    if save_dir.is_dir() and not os.access(save_dir, os.W_OK | os.X_OK):
+        raise UserError(f"--save_dir={save_dir}: cannot be written; make it writable, or name another folder")
+    ours = ("train_log.jsonl", "adapter_model", "adapter_model.old")
+    held = save_dir.is_dir() and not _within(resume_from, save_dir) and any(save_dir.iterdir())
+    if held and not _checkpoints(save_dir) and not any((save_dir / name).exists() for name in ours):
+        raise UserError(f"--save_dir={save_dir}: holds other files than a training run's; name a new folder")
 
-    Only what a run wrote is ever moved; a folder that holds anything else is refused. Of a run that is resumed,
-    checkpoints later than `resume_from` are moved to `checkpoint-<step>.old`: they are no part of what follows.
+
+def _within(checkpoint, save_dir):
+    return checkpoint is not None and Path(checkpoint).resolve().is_relative_to(save_dir)
+
+
+def start_run(save_dir, resume_from):
+    """Make save_dir ready, on rank 0: what is no part of this run is put aside, nothing is ever deleted.
+
+    A run in save_dir becomes `<save_dir>.old-<n>`, unless it is the one that is resumed. Of that one, checkpoints later than
+    `resume_from` become `checkpoint-<step>.old-<n>`.
     """
     save_dir = Path(save_dir).resolve()
-    if is_main():
-        for folder in complete_checkpoints(save_dir) if resume_from else []:
+    if _within(resume_from, save_dir):
+        for folder in complete_checkpoints(save_dir):
             if step_of(folder) > step_of(resume_from):
-                old = folder.with_name(folder.name + ".old")
-                shutil.rmtree(old, ignore_errors=True)
-                folder.rename(old)
-                say(f"{folder.name} 在 {resume_from.name} 之后，已移到 {old}")
-        if not resume_from and save_dir.is_dir() and any(save_dir.iterdir()):
-            if not any(
-                (save_dir / name).exists() for name in ("train_log.jsonl", "adapter_model", "adapter_model.old")
-            ):
-                raise UserError(f"--save_dir={save_dir}: holds other files than a training run's; name a new folder")
-            old = save_dir.with_name(save_dir.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            save_dir.rename(old)
-            say(f"之前的训练结果已移到 {old}")
-        save_dir.mkdir(parents=True, exist_ok=True)
-    if dist.is_initialized():
-        dist.barrier()
+                say(f"{folder.name} 在 {resume_from.name} 之后，已移到 {put_aside(folder)}")
+    elif save_dir.is_dir() and any(save_dir.iterdir()):
+        say(f"之前的训练结果已移到 {put_aside(save_dir)}")
+    save_dir.mkdir(parents=True, exist_ok=True)
+    old = [*_old(save_dir), *sorted(save_dir.glob("checkpoint-*.old*"))]
+    if old:
+        size = sum(file.lstat().st_size for folder in old for file in folder.rglob("*"))
+        say(f"移开的旧结果共 {size / 2**20:.1f} MiB；不需要时删除: rm -r {shlex.join(map(str, old))}")
+
+
+def put_aside(folder):
+    """Rename a folder to `<folder>.old-<n>`, n being larger than any there; the new path."""
+    numbers = [int(old.name.rpartition("-")[2]) for old in _old(folder) if not old.name.endswith(".old")]
+    old = folder.with_name(f"{folder.name}.old-{max(numbers, default=0) + 1}")
+    folder.rename(old)
+    return old
+
+
+def _old(folder):
+    """What was put aside of a folder: <folder>.old-<n>, and <folder>.old of earlier versions."""
+    name = re.escape(folder.name) + r"\.old(-[0-9]+)?"
+    return (
+        sorted(path for path in folder.parent.iterdir() if re.fullmatch(name, path.name))
+        if folder.parent.is_dir()
+        else []
+    )
 
 
 def checkpoint_to_resume(save_dir, resume):

@@ -3,6 +3,7 @@
 Each trainer keeps its own loop; whatever must agree between them is here.
 """
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,17 @@ from alpaca.common.console import say
 from alpaca.common.devices import DTYPES, describe_device, init_distributed, resolve_precision
 from alpaca.models.base import load_base
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.training.adapter_writer import BestScore, save_adapter, training_facts
+from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data
 from alpaca.training.batches import TrainLoader, eval_batches
-from alpaca.training.checkpoints import checkpoint, checkpoint_to_resume, from_main, start_run, step_of
+from alpaca.training.checkpoints import (
+    check_save_dir,
+    checkpoint,
+    checkpoint_to_resume,
+    from_main,
+    start_run,
+    step_of,
+)
 from alpaca.training.evaluate import evaluate_f1
 from alpaca.training.identity import check_resumed, identity_of, read_identity
 from alpaca.training.lora import add_lora, check_options, compile_for_training
@@ -40,6 +48,7 @@ class Run:
 
         check_options(args)
         self.resume_from = checkpoint_to_resume(self.save_dir, args.resume)
+        check_save_dir(self.save_dir, self.resume_from)
         written = read_identity(self.resume_from) if self.resume_from else {}
         self.tokenizer = load_tokenizer(args.model_dir)
         (train_records, self.train_set), (self.dev_records, self.dev_set) = load_audited_data(
@@ -74,11 +83,14 @@ class Run:
 
     def begin(self, first_step):
         """Make save_dir ready and open the log. first_step: the optimizer steps that a resumed run has done already."""
-        start_run(self.save_dir, self.resume_from)
+        from_main(lambda: start_run(self.save_dir, self.resume_from))
+        self.saved_step = adapter_step(self.save_dir)
         self.best = BestScore(self.save_dir, self.args.best)
         self.log = TrainLog(self.save_dir, self.loader, self.total_steps, first_step, self.args.tensorboard)
         if self.resume_from:
             say(f"从 {self.resume_from} 继续，已完成 {first_step} 步")
+            if self.args.best == "last" and self.saved_step != first_step:  # that of the course that was left
+                self.save_adapter(first_step)
 
     def evaluate(self, step):
         """Log the dev loss, and F1 with --eval_examples, after `step` steps; save the adapter if --best says so."""
@@ -97,6 +109,7 @@ class Run:
     def save_adapter(self, step, **scores):
         """Write <save_dir>/adapter_model/ as it is after `step` steps, with the scores it was chosen for, if any."""
         save_adapter(self.model, self.save_dir, self.args, self.settings, {**self.facts, **scores}, step)
+        self.saved_step = step
 
     def save_newest(self, step):
         """The adapter after `step` steps, where --best=last wants the newest; and training.png."""
@@ -104,10 +117,20 @@ class Run:
             self.save_adapter(step)
         self.log.draw()
 
+    @contextmanager
     def checkpoint(self, step):
-        """The context in which all ranks write the resumable checkpoint-<step>/."""
-        return checkpoint(self.save_dir / f"checkpoint-{step}", self.args.save_total_limit, self.identity)
+        """The context in which all ranks write the resumable checkpoint-<step>/; the adapter of that step goes with it."""
+        folder = self.save_dir / f"checkpoint-{step}"
+        with checkpoint(folder, self.args.save_total_limit, self.identity):
+            yield
+            save_adapter(self.model, folder, self.args, self.settings, self.facts, step)
 
     def end(self):
         self.log.close()
-        say(f"LoRA 已保存到 {self.save_dir / 'adapter_model'}")
+        adapter = self.save_dir / "adapter_model"
+        if self.saved_step is None:
+            say(
+                f"没有可比较的分数，{adapter} 没有保存；最后的 LoRA 在 {self.save_dir}/checkpoint-{self.total_steps}/adapter_model"
+            )
+        else:
+            say(f"LoRA 已保存到 {adapter}（第 {self.saved_step} 步）")

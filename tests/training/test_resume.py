@@ -126,3 +126,30 @@ def test_data_and_base_are_known_by_what_they_hold(identity, base_dir, instruct_
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
     (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 5.0, "transformers_version": "6"}))
     assert differing(ours, identity(base=copy)) == ["base_config_sha256", "base_tensors_sha256"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_each_checkpoint_has_its_lora(base_dir, instruct_data, tmp_path, trainer):
+    """A finished run whose adapter_model/ was removed writes it again; another length of the schedule is refused with the
+    path of the earlier LoRA, and nothing is moved."""
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURES / "bff124a" / trainer, run)
+    more = [*options(base_dir, instruct_data, run), "--eval_steps=-1"]
+    run_script(f"{trainer}.py", *more, "--resume", cwd=tmp_path)
+    files = ("adapter_config.json", "adapter_model.safetensors", "train_args.json")
+    newest, kept = run / "adapter_model", run / "checkpoint-50" / "adapter_model"
+    assert [(newest / name).read_bytes() for name in files] == [(kept / name).read_bytes() for name in files]
+    assert load_config(kept / "train_args.json")[1]["step"] == 50
+
+    before = (newest / files[1]).read_bytes()
+    shutil.rmtree(newest)
+    result = run_script(f"{trainer}.py", *more, "--resume", cwd=tmp_path)
+    assert (newest / files[1]).read_bytes() == before
+    assert f"LoRA 已保存到 {newest}（第 50 步）" in result.stderr
+    assert [row["step"] for row in read_log(run) if "loss" in row][50:] == [*range(41, 51)]
+
+    result = run_script(f"{trainer}.py", *more, "--resume=50", "--max_steps=40", cwd=tmp_path, check=False)
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "total_steps 50, this run has 40" in error
+    assert f"--lora_model={run}/checkpoint-50/adapter_model" in error and "LoRA 已保存" not in result.stderr
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-40", "checkpoint-50"]

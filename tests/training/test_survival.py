@@ -19,7 +19,13 @@ from safetensors.torch import load_file
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import adapter_or_old
 from alpaca.training import checkpoints
-from alpaca.training.checkpoints import checkpoint, checkpoint_to_resume, complete_checkpoints, start_run
+from alpaca.training.checkpoints import (
+    check_save_dir,
+    checkpoint,
+    checkpoint_to_resume,
+    complete_checkpoints,
+    start_run,
+)
 from alpaca.training.identity import check_resumed, read_identity
 from harness import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
 
@@ -195,7 +201,45 @@ def test_resuming_an_earlier_step_puts_the_later_ones_aside(tmp_path, alone):
     start_run(tmp_path, checkpoint_to_resume(tmp_path, "5"))
     write_checkpoint(tmp_path, 8, limit=1)
     assert checkpoint_to_resume(tmp_path, "True") == tmp_path / "checkpoint-8"
-    assert (tmp_path / "checkpoint-15.old" / "state").read_text(encoding="utf-8") == "15"
+    assert (tmp_path / "checkpoint-15.old-1" / "state").read_text(encoding="utf-8") == "15"
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_no_run_is_ever_deleted(tmp_path, alone, capsys):
+    """Three forgotten --resume, then one into a folder of another run: each run is there, and said with its size."""
+    run = tmp_path / "run"
+    for number in range(4):
+        start_run(run, None)
+        (run / "adapter_model").mkdir()
+        (run / "adapter_model" / str(number)).write_text("x" * 2**19)
+    assert names(tmp_path) == ["run", "run.old-1", "run.old-2", "run.old-3"]
+    assert [names(tmp_path / f"run.old-{n + 1}" / "adapter_model") for n in range(3)] == [["0"], ["1"], ["2"]]
+    said = capsys.readouterr().err
+    assert f"之前的训练结果已移到 {run}.old-3" in said
+    assert f"共 1.5 MiB；不需要时删除: rm -r {run}.old-1 {run}.old-2 {run}.old-3\n" in said
+    write_checkpoint(tmp_path / "other", 5)
+    start_run(run, tmp_path / "other" / "checkpoint-5")
+    assert names(run) == [] and names(tmp_path / "run.old-4" / "adapter_model") == ["3"]
+
+
+def test_a_gap_and_the_folder_of_an_earlier_version(tmp_path):
+    for name in ("run", "run.old", "run.old-2", "run.old-x", "run.older-7"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.put_aside(tmp_path / "run").name == "run.old-3"
+
+
+def test_a_folder_that_is_not_ours(tmp_path, alone):
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(UserError, match="holds other files than a training run's; name a new folder"):
+        check_save_dir(tmp_path, None)
+    with pytest.raises(UserError, match="mine.txt: is a file; name a folder"):
+        check_save_dir(tmp_path / "mine.txt", None)
+    write_checkpoint(tmp_path, 5)
+    check_save_dir(tmp_path, tmp_path / "checkpoint-5")
+    check_save_dir(tmp_path / "new", tmp_path / "checkpoint-5")
 
 
 def resume(folder, **identity):

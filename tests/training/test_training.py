@@ -252,7 +252,9 @@ def test_launcher_and_no_compiler(workspace, base_dir, tmp_path, trainer):
     )
     weights = torch.load(save_dir / "adapter_model" / "adapter_model.bin", weights_only=True)
     assert len(weights) == 28 and all(t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name)
-    assert (tmp_path / "run.old" / "adapter_model" / "mine.txt").exists() and "run.old" in result.stderr + result.stdout
+    assert (
+        tmp_path / "run.old-1" / "adapter_model" / "mine.txt"
+    ).exists() and "run.old-1" in result.stderr + result.stdout
     assert json.loads((save_dir / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))["step"] == 3
 
 
