@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -21,7 +22,17 @@ def is_main():
 def say(message):
     """A status line on stderr, from rank 0 alone, that does not break a progress bar."""
     if is_main():
-        tqdm.write(message, file=sys.stderr)
+        with quiet_if_gone():
+            tqdm.write(message, file=sys.stderr)
+
+
+@contextmanager
+def quiet_if_gone():
+    """A terminal or a pipe that is gone ends nothing: what is written to stderr goes nowhere from then on."""
+    try:
+        yield
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def progress(iterable=None, **options):
@@ -33,4 +44,5 @@ def progress(iterable=None, **options):
 def end_bars():
     """Leave the progress bar's line, so that an error stands on its own."""
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
+        with quiet_if_gone():
+            bar.close()

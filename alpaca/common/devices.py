@@ -11,6 +11,18 @@ from alpaca.common.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def check_launcher():
+    """UserError where mpirun or srun has started several processes that do not know of each other."""
+    for name in () if "RANK" in os.environ else ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        count = os.environ.get(name, "1")
+        if count.isdigit() and int(count) > 1:
+            raise UserError(
+                f"{name} is {count}, but RANK is not set: each of these processes would be a run of its own. Start one process "
+                f"a machine with the launcher, as `deepspeed --num_gpus={count} train_trainer.py`, or `torchrun "
+                f"--nproc_per_node={count} train_trainer.py`"
+            )
+
+
 def init_distributed():
     """Join the process group that the deepspeed launcher started, or make one of this process alone.
 
