@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from alpaca.training.loss import answer_loss
 from alpaca.training.run import Run
-from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step, use_settings
+from alpaca.training.steps import end_by_signal, seed_step, use_settings
 from config_utils import run_script
 
 CONFIG = {
@@ -83,8 +83,7 @@ def main(args):
         use_settings(engine.optimizer, scheduler, run.settings)
         step = engine.global_steps
     run.begin(step)
-    sigterm = catch_sigterm()
-    loss_sum, logged_steps, at_step_end = 0.0, 0, True
+    loss_sum, at_step_end = 0.0, True
     while step < run.total_steps:
         run.loader.seek(step)
         for batch in run.loader:
@@ -101,25 +100,20 @@ def main(args):
             if not at_step_end:
                 continue
 
-            step, logged_steps = step + 1, logged_steps + 1
-            run.log.step()
-            stop = end_of_step(loss_sum, sigterm, run.loader, step, lr, run.train_path)
+            step += 1
+            signal = run.step_ended(step, loss_sum, lr, engine.optimizer)
+            loss_sum = 0.0
             if step % args.log_steps == 0 or step == run.total_steps:
-                mean = loss_sum / logged_steps
-                if run.world_size > 1:
-                    dist.all_reduce(mean, op=dist.ReduceOp.AVG)
-                run.log.write(step, loss=mean.item(), lr=lr)
-                loss_sum, logged_steps = 0.0, 0
-            at_end = step == run.total_steps
-            if args.eval_steps > 0 and (step % args.eval_steps == 0 or at_end):
-                run.evaluate(step)
-            if stop or at_end or (args.save_steps > 0 and step % args.save_steps == 0):
+                run.log_loss(step, lr)
+            if signal or run.save_due(step):
                 run.save_newest(step)
                 with run.checkpoint(step):
                     engine.save_checkpoint(str(run.save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
-            if stop and not at_end:
-                end_by_sigterm(step)
-            if at_end:
+            if run.must_end(step, signal):
+                end_by_signal(signal, step)
+            if run.evaluation_due(step):  # after the save: it may fail, and it may take longer than a signal waits
+                run.evaluate(step)
+            if step == run.total_steps:
                 break
     run.end()
     dist.destroy_process_group()

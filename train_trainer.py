@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from alpaca.training.checkpoints import step_of
 from alpaca.training.loss import answer_loss
 from alpaca.training.run import Run
-from alpaca.training.steps import catch_sigterm, end_by_sigterm, end_of_step, seed_step, use_settings
+from alpaca.training.steps import end_by_signal, seed_step, use_settings
 from config_utils import run_script
 
 CONFIG = {
@@ -119,7 +119,10 @@ class AdapterTrainer(Trainer):
         self.run.save_newest(self.state.global_step)
 
     def evaluate(self, *args, **kwargs):
-        """Replaced: the mean over all answer tokens instead of a mean of batch means."""
+        """Replaced: the mean over all answer tokens instead of a mean of batch means; and a save that is due comes first."""
+        if self.control.should_save:
+            self._save_checkpoint(self.model, None)
+            self.control.should_save = False
         metrics = self.run.evaluate(self.state.global_step)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -130,7 +133,7 @@ class LogCallback(TrainerCallback):
 
     def __init__(self, run, losses):
         self.run, self.losses = run, losses
-        self.lr, self.sigterm, self.stop = 0.0, catch_sigterm(), False
+        self.lr, self.signal = 0.0, 0
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if self.run.resume_from:  # which is loaded now; the wrappers are accelerate's
@@ -142,18 +145,19 @@ class LogCallback(TrainerCallback):
         self.losses.clear()
         seed_step(args.seed, state.global_step, args.process_index)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self.run.log.step()
-        loss, run = sum(self.losses), self.run
-        self.stop = end_of_step(loss, self.sigterm, run.loader, state.global_step, self.lr, run.train_path)
-        if self.stop:
-            control.should_save = control.should_training_stop = True
-        if state.global_step == state.max_steps:
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        run, step = self.run, state.global_step
+        self.signal = run.step_ended(step, sum(self.losses), self.lr, optimizer.optimizer)
+        control.should_save = bool(self.signal) or run.save_due(step)
+        control.should_evaluate = run.evaluation_due(step)
+        if run.must_end(step, self.signal):
+            control.should_evaluate, control.should_training_stop = False, True
+        if step == state.max_steps:
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            self.run.log.write(state.global_step, loss=logs["loss"], lr=self.lr)
+            self.run.log_loss(state.global_step, self.lr)
 
 
 def trainer_names(params):
@@ -206,8 +210,8 @@ def main(args):
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    if log_callback.stop and trainer.state.global_step < run.total_steps:
-        end_by_sigterm(trainer.state.global_step)
+    if run.must_end(trainer.state.global_step, log_callback.signal):
+        end_by_signal(log_callback.signal, trainer.state.global_step)
     run.end()
     dist.destroy_process_group()
 

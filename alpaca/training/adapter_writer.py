@@ -1,5 +1,6 @@
 """What training writes for inference: adapter_model/ with its facts, the newest or the best."""
 
+import math
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from alpaca.common.console import is_main
 from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter
+from alpaca.models.adapters import adapter_or_old
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.training.checkpoints import saving
 from alpaca.training.lora import lora_weights
@@ -88,18 +90,27 @@ def adapter_step(save_dir):
     return load_config(path)[1].get("step") if path.is_file() else None
 
 
+def is_score(value):
+    """Whether a score can be compared; NaN cannot: it is neither better nor worse than any."""
+    return value is not None and math.isfinite(value)
+
+
 class BestScore:
     """Which evaluated states are to become adapter_model/: those that score better than the one that is there."""
 
-    def __init__(self, save_dir, metric):
-        self.key, self.sign = f"eval_{metric}", -1 if metric == "loss" else 1
-        path = Path(save_dir) / "adapter_model" / "train_args.json"  # of a run that is resumed
-        self.score = load_config(path)[1].get(self.key) if path.is_file() else None
+    def __init__(self, save_dir, metric, first_step=0):
+        """first_step: of a run that is resumed. A better state of a later step is no part of what follows."""
+        self.key, self.sign, self.score = f"eval_{metric}", -1 if metric == "loss" else 1, None
+        adapter = Path(save_dir) / "adapter_model"
+        path = (adapter_or_old(adapter) or adapter) / "train_args.json"
+        facts = load_config(path)[1] if path.is_file() else {}
+        if facts.get("step", first_step) <= first_step and is_score(facts.get(self.key)):
+            self.score = facts[self.key]
 
     def improves(self, scores):
         """Whether {"eval_loss", …} of a state beats the best so far; never with --best=last."""
         score = scores.get(self.key)
-        if score is None or self.score is not None and self.sign * score <= self.sign * self.score:
+        if not is_score(score) or self.score is not None and self.sign * score <= self.sign * self.score:
             return False
         self.score = score
         return True

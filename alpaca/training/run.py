@@ -3,12 +3,17 @@
 Each trainer keeps its own loop; whatever must agree between them is here.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
-from alpaca.common.console import say
-from alpaca.common.devices import DTYPES, describe_device, init_distributed, resolve_precision
+import torch
+import torch.distributed as dist
+
+from alpaca.common.console import end_bars, say
+from alpaca.common.devices import DTYPES, check_launcher, describe_device, init_distributed, resolve_precision
+from alpaca.common.errors import UserError
+from alpaca.common.locks import locked
 from alpaca.models.base import load_base
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter, training_facts
@@ -27,8 +32,11 @@ from alpaca.training.identity import check_resumed, identity_of, read_identity
 from alpaca.training.lora import add_lora, check_options, compile_for_training
 from alpaca.training.loss import evaluate_loss
 from alpaca.training.prefix_tree import make_collate
-from alpaca.training.run_log import TrainLog
-from alpaca.training.steps import make_scheduler
+from alpaca.training.run_log import TrainLog, evaluated_steps
+from alpaca.training.steps import catch_signals, make_scheduler, shared_state
+
+SKIPS = 5  # steps in a row whose gradient is no number: the run ends
+SCALE_SEARCH = 16  # as many in fp16 until the first update: its loss scale begins at 2**16 and is halved until it fits
 
 
 class Run:
@@ -46,10 +54,11 @@ class Run:
         self.train_path, dev_path = args.train_path or data_dir / "train.txt", args.dev_path or data_dir / "dev.txt"
         self.save_dir = Path(args.save_dir or Path("checkpoint") / args.data_name / trainer)
 
+        check_launcher()
         check_options(args)
         self.resume_from = checkpoint_to_resume(self.save_dir, args.resume)
         check_save_dir(self.save_dir, self.resume_from)
-        written = read_identity(self.resume_from) if self.resume_from else {}
+        self.written = written = read_identity(self.resume_from) if self.resume_from else {}
         self.tokenizer = load_tokenizer(args.model_dir)
         (train_records, self.train_set), (self.dev_records, self.dev_set) = load_audited_data(
             self.train_path, dev_path, self.tokenizer, args
@@ -57,6 +66,8 @@ class Run:
         self.facts = training_facts(args, train_records)
 
         self.device, self.rank, self.world_size = init_distributed()
+        self.held = ExitStack()  # until the process ends, however it ends
+        from_main(lambda: self.held.enter_context(locked(self.save_dir)))
         asked = {args.precision, *(args.deepspeed.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16"))}
         own = written.get("precision", "auto") if asked == {"auto"} else args.precision  # of a run that is resumed
         self.precision, self.settings = resolve_precision(own, args.deepspeed, self.device)
@@ -84,13 +95,73 @@ class Run:
     def begin(self, first_step):
         """Make save_dir ready and open the log. first_step: the optimizer steps that a resumed run has done already."""
         from_main(lambda: start_run(self.save_dir, self.resume_from))
-        self.saved_step = adapter_step(self.save_dir)
-        self.best = BestScore(self.save_dir, self.args.best)
+        self.saved_step = from_main(lambda: adapter_step(self.save_dir))
+        self.best = BestScore(self.save_dir, self.args.best, first_step)
+        self.signals, self.has_checkpoint = catch_signals(), self.resume_from is not None
+        self.skips, self.skips_logged, self.updated = 0, 0, False
+        # The losses since the last log: their sum and number, in float64. A checkpoint holds them, so that the next mean is
+        # that of the run that nothing happened to.
+        self.interval = torch.tensor(self.written.get("interval", [0, 0]), dtype=torch.float64, device=self.device)
         self.log = TrainLog(self.save_dir, self.loader, self.total_steps, first_step, self.args.tensorboard)
         if self.resume_from:
             say(f"从 {self.resume_from} 继续，已完成 {first_step} 步")
             if self.args.best == "last" and self.saved_step != first_step:  # that of the course that was left
                 self.save_adapter(first_step)
+            if self.evaluation_due(first_step) and first_step not in from_main(lambda: evaluated_steps(self.log.path)):
+                self.evaluate(first_step)
+
+    def step_ended(self, step, loss, lr, optimizer):
+        """Called after each optimizer step; the number of a signal that any rank got, or 0.
+
+        step: 1-based. loss: this rank's share, a scalar tensor. lr: of this step. optimizer: DeepSpeed's. UserError, on all
+        ranks, if a loss is NaN or infinite, or if the gradients of several steps in a row are.
+        """
+        self.log.step()
+        self.interval += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
+        diverged, skipped, number = shared_state(loss, getattr(optimizer, "overflow", False), self.signals)
+        self.skips = self.skips + 1 if skipped else 0
+        self.updated |= not skipped
+        self.skips_logged += skipped
+        if skipped:
+            say(f"step {step}: 梯度是 NaN 或无穷，这一步没有更新权重")
+        searching = self.precision == "fp16" and not self.updated
+        what = "the loss is NaN or infinite" if diverged else f"the gradients of {self.skips} steps are NaN or infinite"
+        if diverged or self.skips >= (SCALE_SEARCH if searching else SKIPS):
+            end_bars()
+            lines = ", ".join(map(str, self.loader.lines(step - 1)))
+            raise UserError(
+                f"step {step}: {what} (learning rate {lr:.3g}; {self.train_path}, lines {lines}); what was saved before is "
+                "intact. Lower --deepspeed_optimizer_params_lr, use --precision=bf16 or fp32, look at those lines; --resume "
+                "goes on from the last checkpoint"
+            )
+        return number
+
+    def log_loss(self, step, lr):
+        """Log the mean loss of the steps since the last log, over all ranks."""
+        mean = self._over_ranks(self.interval)
+        skips = {"skipped": self.skips_logged} if self.skips_logged else {}
+        self.log.write(step, loss=(mean[0] / mean[1]).item(), lr=lr, **skips)
+        self.interval, self.skips_logged = torch.zeros_like(self.interval), 0
+
+    def _over_ranks(self, tensor):
+        tensor = tensor.clone()
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
+        return tensor
+
+    def evaluation_due(self, step):
+        every = self.args.eval_steps
+        return every > 0 and (step % every == 0 or step == self.total_steps)
+
+    def save_due(self, step):
+        """Also before the first evaluation: if it fails, what was trained is there."""
+        every, first = self.args.save_steps, self.evaluation_due(step) and not self.has_checkpoint
+        return first or step == self.total_steps or every > 0 and step % every == 0
+
+    def must_end(self, step, number):
+        """Whether a signal ends the run after `step` steps, which are saved: not if nothing is left to do."""
+        return number and (step < self.total_steps or self.evaluation_due(step))
 
     def evaluate(self, step):
         """Log the dev loss, and F1 with --eval_examples, after `step` steps; save the adapter if --best says so."""
@@ -101,9 +172,9 @@ class Run:
         if self.args.eval_examples > 0:
             examples = self.dev_records[: self.args.eval_examples]
             scores["eval_f1"] = evaluate_f1(self.model, self.tokenizer, examples, self.facts["labels"])
-        self.log.write(step, **scores)
         if self.best.improves(scores):
             self.save_adapter(step, **scores)
+        self.log.write(step, **scores)  # last: what is logged is not done again by a run that is resumed
         return scores
 
     def save_adapter(self, step, **scores):
@@ -121,12 +192,15 @@ class Run:
     def checkpoint(self, step):
         """The context in which all ranks write the resumable checkpoint-<step>/; the adapter of that step goes with it."""
         folder = self.save_dir / f"checkpoint-{step}"
-        with checkpoint(folder, self.args.save_total_limit, self.identity):
+        facts = {**self.identity, "interval": self._over_ranks(self.interval).tolist()}
+        with checkpoint(folder, self.args.save_total_limit, facts):
             yield
             save_adapter(self.model, folder, self.args, self.settings, self.facts, step)
+        self.has_checkpoint = True
 
     def end(self):
         self.log.close()
+        self.held.close()
         adapter = self.save_dir / "adapter_model"
         if self.saved_step is None:
             say(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from alpaca.common.console import is_main, progress, say
+from alpaca.common.console import is_main, progress, quiet_if_gone, say
 from alpaca.training.checkpoints import saving
 
 
@@ -17,6 +17,8 @@ class TrainLog:
     def __init__(self, save_dir, loader, total_steps, first_step=0, tensorboard=False):
         self.path, self.loader, self.total = Path(save_dir) / "train_log.jsonl", loader, total_steps
         self.bar = progress(total=total_steps, initial=first_step, desc="训练", unit="步")
+        if is_main():
+            repair_log(self.path)
         self.since_step, self.since = first_step, time.time()
         self.draws, self.board = is_main(), None
         if tensorboard and is_main():
@@ -27,7 +29,8 @@ class TrainLog:
 
     def step(self):
         """One optimizer step has ended."""
-        self.bar.update()
+        with quiet_if_gone():
+            self.bar.update()
 
     def write(self, step, **figures):
         """Log the figures after `step` steps: loss and lr, which get the speed since the last log, or eval_loss, …."""
@@ -72,6 +75,19 @@ class TrainLog:
         self.bar.close()
         if self.board:
             self.board.close()
+
+
+def evaluated_steps(log):
+    """The steps whose evaluation is in train_log.jsonl."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    return [record["step"] for record in map(json.loads, lines) if "eval_loss" in record]
+
+
+def repair_log(log):
+    """Cut off the half record that a full disk or a killed process has left at the end of train_log.jsonl."""
+    if log.is_file() and not (text := log.read_bytes()).endswith(b"\n"):
+        with saving(log), log.open("r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
 
 
 def series_of(log):

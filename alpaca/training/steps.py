@@ -6,8 +6,7 @@ import signal
 import torch
 import torch.distributed as dist
 
-from alpaca.common.console import end_bars, say
-from alpaca.common.errors import UserError
+from alpaca.common.console import say
 
 
 def warmup_linear(step, warmup_steps, total_steps):
@@ -42,35 +41,37 @@ def seed_step(seed, step, rank):
     torch.manual_seed(random.Random(f"{seed}-{step}-{rank}").getrandbits(63))
 
 
-def catch_sigterm():
-    """From now on SIGTERM only fills the list that is returned; end_of_step makes all ranks see it."""
+def catch_signals():
+    """From now on SIGINT, SIGTERM and SIGHUP only fill the list that is returned, for shared_state; a second SIGINT ends at
+    once. A SIGHUP that is ignored, as under nohup, stays so."""
     received = []
-    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+
+    def remember(number, frame):
+        if number == signal.SIGINT and number in received:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGINT)
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, remember)
     return received
 
 
-def end_of_step(loss, sigterm, loader, step, lr, train_path):
-    """True if any rank got SIGTERM. UserError, on all ranks, if the loss of any is NaN or infinite.
+def shared_state(loss, skipped, signals):
+    """After a step, what any rank has met: (loss not finite, update skipped, number of a signal or 0).
 
-    loss: this rank's, a scalar tensor. step: 1-based, the one that has ended.
+    loss: this rank's, a scalar tensor. skipped: whether DeepSpeed has left the step out for its gradient.
     """
-    state = torch.stack([~torch.isfinite(loss), torch.tensor(bool(sigterm), device=loss.device)]).int()
+    here = torch.tensor([bool(skipped), signals[0] if signals else 0], device=loss.device)
+    state = torch.cat([~torch.isfinite(loss).reshape(1), here]).int()
     if dist.get_world_size() > 1:
         dist.all_reduce(state, op=dist.ReduceOp.MAX)
-    diverged, stop = state.tolist()
-    if diverged:
-        end_bars()
-        lines = ", ".join(map(str, loader.lines(step - 1)))
-        raise UserError(
-            f"step {step}: the loss is NaN or infinite (learning rate {lr:.3g}; {train_path}, lines {lines}); what was "
-            "saved before is intact. Lower --deepspeed_optimizer_params_lr, use --precision=bf16 or fp32, look at those "
-            "lines; --resume goes on from the last checkpoint"
-        )
-    return bool(stop)
+    return state.tolist()
 
 
-def end_by_sigterm(step):
-    """Leave with the exit code of a process that SIGTERM ended, after everything is saved."""
-    say(f"收到 SIGTERM，已在第 {step} 步保存；加 --resume 继续")
+def end_by_signal(number, step):
+    """Leave with the exit code of a process that the signal ended, after everything is saved."""
+    say(f"收到 {signal.Signals(number).name}，已在第 {step} 步保存；加 --resume 继续")
     dist.destroy_process_group()
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(128 + number)

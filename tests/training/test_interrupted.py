@@ -1,0 +1,204 @@
+"""What ends a run before its last step, and what the next one makes up for.     python -m pytest tests/training/test_interrupted.py"""
+
+import fcntl
+import json
+import os
+import signal
+import sys
+
+import pytest
+import torch
+
+from alpaca.common.console import say
+from alpaca.common.devices import check_launcher
+from alpaca.common.errors import UserError
+from alpaca.training.adapter_writer import BestScore
+from alpaca.training.checkpoints import complete_checkpoints
+from alpaca.training.run_log import evaluated_steps, repair_log
+from alpaca.training.steps import catch_signals, shared_state
+from harness import read_log, run_script, training_options
+
+TRAINERS = ("train_deepspeed", "train_trainer")
+# Runs a script with some names of alpaca.training.run replaced, which {patch} does.
+PATCHED = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import alpaca.training.run as run
+{patch}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FAILING_EVALUATION = """
+def evaluate_loss(*args):
+    raise RuntimeError("what the evaluation died of")
+run.evaluate_loss = evaluate_loss
+"""
+NAN_GRADIENTS = """
+add_lora, calls = run.add_lora, []
+def with_nan(*args):
+    model = add_lora(*args)
+    model.lora.register_hook(lambda gradient: calls.append(0) or (gradient * float("nan") if len(calls) in {steps} else gradient))
+    return model
+run.add_lora = with_nan
+"""
+
+
+def patched(patch):
+    return [sys.executable, "-c", PATCHED.format(patch=patch)]
+
+
+def options(base_dir, instruct_data, run):
+    data = [f"--{name}_path={instruct_data}/{name}.txt" for name in ("train", "dev")]
+    return [*training_options(base_dir), *data, f"--save_dir={run}", "--max_steps=7"]
+
+
+def error_of(result):
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-4000:]
+    (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return error
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_path, trainer):
+    """Nothing was to be saved yet. The run that is resumed begins with that evaluation, and its next mean is over all steps
+    since the last log, those before the failure included."""
+    more = ["--log_steps=5", "--eval_steps=3", "--save_steps=99"]
+    for run in ("whole", "cut"):
+        launcher = patched(FAILING_EVALUATION) if run == "cut" else None
+        given = [*options(base_dir, instruct_data, tmp_path / run), *more]
+        result = run_script(f"{trainer}.py", *given, cwd=tmp_path, launcher=launcher, check=run == "whole")
+    assert "what the evaluation died of" in result.stderr
+    assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
+    facts = json.loads((tmp_path / "cut" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
+    assert facts["step"] == 3
+    run_script(f"{trainer}.py", *given, "--resume", cwd=tmp_path)
+    assert [row["step"] for row in read_log(tmp_path / "whole")] == [3, 5, 6, 7, 7]
+    if not torch.cuda.is_available():
+        assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_path, trainer):
+    """The losses are finite, and DeepSpeed leaves such steps out: one is said and logged, five in a row are an error."""
+    launcher = patched(NAN_GRADIENTS.replace("{steps}", "(2, 4, 5, 6, 7, 8)"))
+    given = [*options(base_dir, instruct_data, tmp_path / "run"), "--max_steps=20", "--save_steps=3", "--eval_steps=-1"]
+    result = run_script(f"{trainer}.py", *given, cwd=tmp_path, launcher=launcher, check=False)
+    error = error_of(result)
+    assert "step 8: the gradients of 5 steps are NaN or infinite (learning rate" in error
+    assert result.stderr.count("梯度是 NaN 或无穷") == 6
+    assert [row.get("skipped", 0) for row in read_log(tmp_path / "run")] == [0, 1, 0, 1, 1, 1, 1]
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_folder_in_use_is_refused(base_dir, instruct_data, tmp_path, trainer):
+    (tmp_path / "run" / "adapter_model").mkdir(parents=True)
+    with (tmp_path / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        given = options(base_dir, instruct_data, tmp_path / "run")
+        error = error_of(run_script(f"{trainer}.py", *given, cwd=tmp_path, check=False))
+    assert f"{tmp_path}/run: another process is writing there" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.lock"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_launcher_that_says_no_rank(base_dir, instruct_data, tmp_path, trainer):
+    given, env = options(base_dir, instruct_data, tmp_path / "run"), {"OMPI_COMM_WORLD_SIZE": "2"}
+    error = error_of(run_script(f"{trainer}.py", *given, cwd=tmp_path, env=env, check=False))
+    assert "OMPI_COMM_WORLD_SIZE is 2, but RANK is not set" in error and "deepspeed --num_gpus=2" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_launchers(monkeypatch):
+    for name in ("RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # a lone python in an sbatch job
+    check_launcher()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(UserError, match="SLURM_STEP_NUM_TASKS is 4, but RANK is not set"):
+        check_launcher()
+    monkeypatch.setenv("RANK", "0")
+    check_launcher()
+
+
+def ended(child):
+    """The status of a forked process that does `child` and leaves with 7."""
+    pid = os.fork()
+    if not pid:
+        child()
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def send(*numbers, ignored=()):
+    def child():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+        received = catch_signals()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        os._exit(sum(received))
+
+    return ended(child)
+
+
+def test_each_signal_asks_for_one_save():
+    term, interrupt, hangup = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+    assert [send(term), send(interrupt), send(hangup)] == [term, interrupt, hangup]
+    assert send(interrupt, term, term) == interrupt + 2 * term  # the launcher adds its own
+    assert send(interrupt, interrupt) == -interrupt  # at once
+    assert send(hangup, term, ignored=[hangup]) == term  # under nohup
+
+
+def test_what_a_step_has_met(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert shared_state(torch.tensor(1.0), False, []) == [0, 0, 0]
+    assert shared_state(torch.tensor(float("inf")), True, [signal.SIGHUP, signal.SIGTERM]) == [1, 1, signal.SIGHUP]
+
+
+def test_a_terminal_that_is_gone_ends_nothing():
+    def child():
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 2)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
+        say("into the void")
+        say("again")
+        os._exit(0)
+
+    assert ended(child) == 0
+
+
+def write_facts(adapter, **facts):
+    adapter.mkdir()
+    (adapter / "adapter_config.json").touch()
+    (adapter / "train_args.json").write_text(json.dumps({"config": {}, **facts}), encoding="utf-8")
+
+
+def test_nan_is_never_the_best(tmp_path):
+    best = BestScore(tmp_path, "f1")
+    assert [best.improves({"eval_f1": score}) for score in (float("nan"), 0.2, float("nan"), 0.1)] == [0, 1, 0, 0]
+    write_facts(tmp_path / "adapter_model", eval_f1=float("nan"))
+    assert BestScore(tmp_path, "f1").improves({"eval_f1": 0.0})
+
+
+def test_the_best_is_remembered_between_the_renames_of_a_save(tmp_path):
+    write_facts(tmp_path / "adapter_model.old", eval_loss=0.5, step=10)
+    best = BestScore(tmp_path, "loss", first_step=20)
+    assert not best.improves({"eval_loss": 0.6}) and best.improves({"eval_loss": 0.4})
+    assert BestScore(tmp_path, "loss", first_step=5).improves(
+        {"eval_loss": 0.6}
+    )  # step 10 is of a course that was left
+
+
+def test_half_a_record_is_cut_off(tmp_path):
+    log = tmp_path / "train_log.jsonl"
+    log.write_text('{"step": 5, "eval_loss": 1.0}\n{"step": 10, "lo', encoding="utf-8")
+    repair_log(log)
+    repair_log(log)
+    assert log.read_text(encoding="utf-8") == '{"step": 5, "eval_loss": 1.0}\n'
+    assert evaluated_steps(log) == [5]
+    log.write_text('{"st', encoding="utf-8")
+    repair_log(log)
+    assert log.read_bytes() == b""
