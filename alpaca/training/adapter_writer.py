@@ -5,12 +5,14 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from alpaca.common.console import is_main
 from alpaca.common.errors import UserError
-from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import adapter_or_old
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
-from alpaca.training.checkpoints import saving
+from alpaca.training.checkpoints import saving, to_disk
 from alpaca.training.lora import lora_weights
 from config_utils import load_config, save_config
 from dataset import PROMPT_SHA256, labels_of, nests, query_prefix_of, without_rehearsal
@@ -74,14 +76,27 @@ def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
         except UserError:
             shutil.rmtree(new, ignore_errors=True)
             raise
-        written = [factor for a, b, _ in read_adapter(new).lora.values() for factor in (a, b)]
-        expected = sorted(tuple(weight.shape) for weight in weights.values())
-        assert sorted(tuple(factor.shape) for factor in written) == expected, "on disk is not what is in memory"
-        if target.exists():  # a folder cannot be renamed over a full one
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-        new.rename(target)
+        if not _same(_tensors(new), weights):
+            raise UserError(f"{new}: what was read back is not what was written; the adapter saved before is kept")
+        with saving(target):
+            to_disk(new)
+            if target.exists():  # a folder cannot be renamed over a full one
+                shutil.rmtree(old, ignore_errors=True)
+                target.rename(old)
+            new.rename(target)
+            to_disk(target.parent, contents=False)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(adapter):
+    path = adapter / "adapter_model.safetensors"
+    return load_file(path) if path.is_file() else torch.load(adapter / "adapter_model.bin", weights_only=True)
+
+
+def _same(written, weights):
+    """Whether the tensors of an adapter's file are the weights in memory, bit for bit; PEFT leaves their "default." out."""
+    weights = {name.replace(".default.", "."): weight.cpu() for name, weight in weights.items()}
+    return written.keys() == weights.keys() and all(torch.equal(weights[name], written[name]) for name in weights)
 
 
 def adapter_step(save_dir):

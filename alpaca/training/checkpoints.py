@@ -37,6 +37,16 @@ def saving(path):
         ) from None
 
 
+def to_disk(folder, contents=True):
+    """Wait until the disk has the names in a folder, and what its files hold: a power cut leaves a rename or nothing."""
+    for path in [*folder.rglob("*"), folder] if contents else [folder]:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
 def from_main(call):
     """What `call` returns on rank 0, on every rank. A UserError there is raised on all of them, so that all end at once."""
     answer = [None, None]
@@ -145,8 +155,8 @@ def complete_checkpoints(save_dir):
 
 
 @contextmanager
-def checkpoint(folder, save_total_limit, identity):
-    """Around what writes a resumable checkpoint, on all ranks: only then it is marked as complete, with the run's identity_of.
+def checkpoint(folder, save_total_limit, facts):
+    """Around what writes a resumable checkpoint, on all ranks: only then it is marked as complete, with these facts (identity.py).
 
     Then the oldest beyond the limit are deleted (0: keep all). What a save cut short has left in the folder is deleted
     first, and what this one leaves if it fails.
@@ -164,8 +174,10 @@ def checkpoint(folder, save_total_limit, identity):
     dist.barrier()  # until all ranks have written their part
     if is_main():
         with saving(folder):
-            (folder / "complete.new").write_text(json.dumps(identity) + "\n", encoding="utf-8")
+            (folder / "complete.new").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            to_disk(folder)
             (folder / "complete.new").rename(folder / "complete")
+            to_disk(folder, contents=False)
         for old in complete_checkpoints(folder.parent)[:-save_total_limit] if save_total_limit > 0 else []:
             (old / "complete").unlink()
             shutil.rmtree(old)

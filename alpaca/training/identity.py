@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import pickle
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from alpaca.common.errors import UserError
 from alpaca.common.options import flatten
 from alpaca.models.base import check_model_dir
-from alpaca.models.tokenizer import how_to_get, tokenizer_sha256
+from alpaca.models.tokenizer import tokenizer_sha256
+from alpaca.training.base_tensors import mapped_tensors
 from alpaca.training.lora import zero_stage
 from dataset import PROMPT_SHA256
 
@@ -117,38 +115,11 @@ def _config_sha256(model_dir):
 def _tensors_sha256(model_dir):
     """Of each tensor's name, shape, type, and 64 KiB spread over its bytes: enough to tell two models apart."""
     digest = hashlib.sha256()
-    for path in _weight_files(Path(model_dir)):
-        try:
-            for name, tensor in _mapped_tensors(path):
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-                data = tensor.contiguous().flatten().view(torch.uint8)
-                size = min(TENSOR_BYTES // PARTS, len(data))
-                for part in range(PARTS):
-                    start = (len(data) - size) * part // (PARTS - 1)
-                    digest.update(data[start : start + size].numpy().tobytes())
-        except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"{path}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
+    for name, tensor in mapped_tensors(model_dir):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        data = tensor.contiguous().flatten().view(torch.uint8)
+        size = min(TENSOR_BYTES // PARTS, len(data))
+        for part in range(PARTS):
+            start = (len(data) - size) * part // (PARTS - 1)
+            digest.update(data[start : start + size].numpy().tobytes())
     return digest.hexdigest()
-
-
-def _weight_files(model_dir):
-    """The files that transformers would load, in the order of their names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = model_dir / f"{name}.index.json"
-        if (model_dir / name).is_file():
-            return [model_dir / name]
-        if index.is_file():
-            return [
-                model_dir / file for file in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            ]
-    return []
-
-
-def _mapped_tensors(path):
-    """(name, tensor) in order of their names; only what is looked at is read from the disk."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in sorted(file.keys()))
-    else:
-        yield from sorted(torch.load(path, weights_only=True, mmap=True).items())

@@ -13,13 +13,12 @@ from alpaca.common.errors import UserError
 from alpaca.models.base import check_model_dir
 from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.prefix_tree import PACKINGS
+from alpaca.training.ranges import check_ranges, check_targets
 
 
 def check_options(args):
     """UserError for values of a trainer's options that no run can have; asked before anything is read or moved."""
-    for name in ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "log_steps", "lora_r"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    check_ranges(args)
     choices = {"packing": PACKINGS, "compile": ("auto", "True", "False"), "best": ("last", "f1", "loss")}
     for name, values in choices.items():
         if getattr(args, name) not in values:
@@ -35,10 +34,8 @@ def check_options(args):
             "--eval_examples: with ZeRO-3 no process has the whole model to answer with; use stage 1 or 2, or "
             "--eval_examples=0 and test.py"
         )
-    betas = args.deepspeed["optimizer"]["params"].get("betas", [0.9, 0.999])
-    if not isinstance(betas, list) or len(betas) != 2:
-        raise UserError(f"--deepspeed_optimizer_params_betas={betas}: expected two numbers, e.g. 0.9,0.95")
     check_model_dir(args.model_dir)
+    check_targets(args.lora_target_modules, args.model_dir)
 
 
 def add_lora(model, args):
@@ -57,7 +54,7 @@ def add_lora(model, args):
     )
     try:
         model = get_peft_model(model, config)
-    except ValueError as error:  # no such module
+    except ValueError as error:  # not a layer that PEFT knows
         raise UserError(f"--lora_target_modules={','.join(args.lora_target_modules)}: {error}") from None
     if zero_stage(args) != 3:  # which moves each module's own weights about
         flatten_lora(model)

@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+import train_trainer
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import adapter_or_old
 from alpaca.training import checkpoints
+from alpaca.training.adapter_writer import save_adapter
 from alpaca.training.checkpoints import (
     check_save_dir,
     checkpoint,
@@ -27,6 +30,7 @@ from alpaca.training.checkpoints import (
     start_run,
 )
 from alpaca.training.identity import check_resumed, read_identity
+from config_utils import parse_config
 from harness import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
@@ -276,3 +280,55 @@ def test_markers_of_earlier_versions_are_compared_on_what_they_have(tmp_path):
     resume(folder, ranks=2, examples_per_step=24, lora_alpha=32)
     with pytest.raises(UserError, match="examples_per_step 24, this run has 12"):
         resume(folder, ranks=2, examples_per_step=12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the adapter on disk
+
+
+@pytest.fixture
+def save(lora_model, base_dir, tmp_path, monkeypatch):
+    """save_adapter of a model of random weights, as adapter_model.safetensors or .bin."""
+    monkeypatch.delenv("RANK", raising=False)
+
+    def run(step, safe=True):
+        args = parse_config(train_trainer.CONFIG, train_trainer.__file__, [f"--safe_serialization={safe}"])
+        save_adapter(lora_model, tmp_path / "run", args, {}, {}, step)
+
+    monkeypatch.chdir(ROOT)
+    return run
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_an_adapter_that_is_read_back_with_one_other_bit_is_not_kept(save, lora_model, tmp_path, monkeypatch, safe):
+    save(1, safe)
+    save_pretrained = type(lora_model).save_pretrained
+
+    def flipped(model, folder, state_dict, **options):
+        state_dict = {name: weight.clone() for name, weight in state_dict.items()}
+        next(iter(state_dict.values())).flatten()[-1] += 1e-3
+        save_pretrained(model, folder, state_dict=state_dict, **options)
+
+    monkeypatch.setattr(type(lora_model), "save_pretrained", flipped)
+    with pytest.raises(UserError, match="adapter_model.new: what was read back is not what was written"):
+        save(2, safe)
+    facts = json.loads((tmp_path / "run" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
+    assert facts["step"] == 1
+
+
+def test_a_save_is_on_the_disk_before_it_is_renamed(save, tmp_path, monkeypatch, alone):
+    done, rename = [], Path.rename
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    monkeypatch.setattr(Path, "rename", lambda path, target: done.append(f"{path.name} -> ") or rename(path, target))
+    save(1)
+    files = ["adapter_config.json", "adapter_model.new", "adapter_model.safetensors", "train_args.json"]
+    assert [*sorted(done[:4]), *done[4:]] == [*files, "adapter_model.new -> ", "run"]
+    done.clear()
+    write_checkpoint(tmp_path, 5)
+    assert [*sorted(done[:3]), *done[3:]] == [
+        "checkpoint-5",
+        "complete.new",
+        "state",
+        "complete.new -> ",
+        "checkpoint-5",
+    ]

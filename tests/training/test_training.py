@@ -382,7 +382,10 @@ def test_what_can_be_resumed(tmp_path):
         (["--eval_examples=9", "--deepspeed_zero_optimization_stage=3"], "--eval_examples: with ZeRO-3 no process has"),
         (["--lora_r=abc"], "--lora_r: expected int, got 'abc'"),
         (["--learning_rate=1"], "--deepspeed_optimizer_params_lr"),
-        (["--lora_target_modules=q_projj"], "--lora_target_modules=q_projj: "),
+        (
+            ["--lora_target_modules=q_projj"],
+            "--lora_target_modules=q_projj: .*no layer 'q_projj'; did you mean q_proj?",
+        ),
         pytest.param(
             ["--precision=fp16"],
             "fp16 needs a CUDA GPU; on a CPU use --precision=fp32",
@@ -403,3 +406,59 @@ def test_bad_input_is_one_line_and_exit_code_2(workspace, base_dir, options, mes
     assert result.returncode == 2 and len(errors) == 1 and re.search(message, errors[0]), result.stderr
     assert "Traceback" not in result.stderr
     assert not (workspace / "checkpoint" / "bad" / "adapter_model").exists()
+
+
+@pytest.fixture
+def checked(base_dir, monkeypatch):
+    """check_options of a command line."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*options):
+        given = [f"--model_dir={base_dir}", *options]
+        check_options(parse_config(train_trainer.CONFIG, train_trainer.__file__, given))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        ("lora_dropout=1.5", "0 or more and less than 1"),
+        ("lora_dropout=-1", "0 or more and less than 1"),
+        ("lora_dropout=1", "0 or more and less than 1"),
+        ("lora_alpha=0", "more than 0"),
+        ("lora_r=0", "1 or more"),
+        ("warmup_ratio=100", "0 to 1, a share of the steps and not their number"),
+        ("warmup_ratio=-0.1", "0 to 1, a share of the steps and not their number"),
+        ("max_seq_length=0", "1 or more"),
+        ("save_total_limit=-1", "0 or more"),
+        ("eval_steps=-2", "1 or more, or -1"),
+        ("deepspeed_optimizer_params_lr=0", "more than 0"),
+        ("deepspeed_optimizer_params_lr=-0.1", "more than 0"),
+        ("deepspeed_optimizer_params_weight_decay=-0.1", "0 or more"),
+        ("deepspeed_gradient_clipping=-1", "0 or more"),
+        ("deepspeed_optimizer_params_betas=0.9", "two numbers"),
+        ("deepspeed_optimizer_params_betas=0.9,1.0", "two numbers"),
+    ],
+)
+def test_a_value_out_of_its_range(checked, option, expected):
+    with pytest.raises(UserError) as error:
+        checked(f"--{option}")
+    name, _, value = option.partition("=")
+    assert re.fullmatch(rf"--{name}={re.escape(value)}(\.0)?: expected {expected}.*", str(error.value))
+
+
+def test_values_at_the_ends_of_their_ranges(checked):
+    checked("--lora_dropout=0", "--warmup_ratio=1", "--deepspeed_optimizer_params_weight_decay=0", "--save_steps=-1")
+    checked(
+        "--lora_dropout=0.99",
+        "--warmup_ratio=0",
+        "--deepspeed_gradient_clipping=0",
+        "--lora_target_modules=0.mlp.up_proj",
+    )
+
+
+def test_a_layer_that_the_base_lacks(checked):
+    """PEFT would train the one that is there."""
+    with pytest.raises(UserError, match="no layer 'query_key_value'; there are down_proj, "):
+        checked("--lora_target_modules=q_proj,query_key_value")
