@@ -154,6 +154,20 @@ def complete_checkpoints(save_dir):
     return sorted((p for p in _checkpoints(save_dir) if (p / "complete").is_file()), key=step_of)
 
 
+def _state_files(folder):
+    """What a run needs to go on: not the adapter, which may be moved to where it is used."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_file() and path.parent.name != "adapter_model"]
+
+
+def check_files(folder, written):
+    """UserError where a file of a checkpoint is missing, or is not as long as it was written; `written`: read_identity."""
+    for name, size in written.get("files", {}).items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            what = f"has {path.stat().st_size} bytes of {size}" if path.is_file() else "is missing"
+            raise UserError(f"--resume: {path} {what}; copy {folder} again, or resume another checkpoint")
+
+
 @contextmanager
 def checkpoint(folder, save_total_limit, facts):
     """Around what writes a resumable checkpoint, on all ranks: only then it is marked as complete, with these facts (identity.py).
@@ -174,7 +188,8 @@ def checkpoint(folder, save_total_limit, facts):
     dist.barrier()  # until all ranks have written their part
     if is_main():
         with saving(folder):
-            (folder / "complete.new").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            files = {str(path.relative_to(folder)): path.stat().st_size for path in _state_files(folder)}
+            (folder / "complete.new").write_text(json.dumps({**facts, "files": files}) + "\n", encoding="utf-8")
             to_disk(folder)
             (folder / "complete.new").rename(folder / "complete")
             to_disk(folder, contents=False)

@@ -20,6 +20,7 @@ from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter
 from alpaca.training.audit import load_audited_data
 from alpaca.training.batches import TrainLoader, eval_batches
 from alpaca.training.checkpoints import (
+    check_files,
     check_save_dir,
     checkpoint,
     checkpoint_to_resume,
@@ -84,6 +85,7 @@ class Run:
         self.identity = from_main(lambda: identity_of(args, *facts))
         if self.resume_from:
             check_resumed(self.resume_from, step_of(self.resume_from), written, self.identity)
+            from_main(lambda: check_files(self.resume_from, written))
 
     def load_model(self):
         """The base with fresh LoRA adapters on this rank's device, its layers compiled where --compile says so."""

@@ -23,6 +23,7 @@ from alpaca.models.adapters import adapter_or_old
 from alpaca.training import checkpoints
 from alpaca.training.adapter_writer import save_adapter
 from alpaca.training.checkpoints import (
+    check_files,
     check_save_dir,
     checkpoint,
     checkpoint_to_resume,
@@ -264,6 +265,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, alone):
     (folder / "complete").write_text("?", encoding="utf-8")
     with pytest.raises(UserError, match="complete: not what a training run wrote"):
         read_identity(folder)
+
+
+def test_a_checkpoint_with_a_missing_file(tmp_path, alone):
+    write_checkpoint(tmp_path, 5)
+    folder = tmp_path / "checkpoint-5"
+    check_files(folder, read_identity(folder))
+    (folder / "state").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="checkpoint-5/state has 0 bytes of 1; copy .*checkpoint-5 again"):
+        check_files(folder, read_identity(folder))
+    (folder / "state").unlink()
+    with pytest.raises(UserError, match="checkpoint-5/state is missing"):
+        check_files(folder, read_identity(folder))
 
 
 def test_the_warm_up_may_change_while_it_lasts(tmp_path, alone):
