@@ -67,10 +67,17 @@ CONFIG = {
 
 
 def main(args):
-    import deepspeed  # takes seconds, and start() has told it the accelerator
-
     run = Run(args, "train_deepspeed")
     model = run.load_model()
+    with run.memory_errors():
+        train(run, model)
+    run.end()
+    dist.destroy_process_group()
+
+
+def train(run, model):
+    import deepspeed  # takes seconds, and start() has told it the accelerator
+
     engine, _, _, scheduler = deepspeed.initialize(
         model=model,
         model_parameters=[p for p in model.parameters() if p.requires_grad],
@@ -88,7 +95,7 @@ def main(args):
         run.loader.seek(step)
         for batch in run.loader:
             if at_step_end:
-                seed_step(args.seed, step, run.rank)
+                seed_step(run.args.seed, step, run.rank)
             # DeepSpeed averages gradients over ranks; the loss is a share of the step's mean over all ranks.
             loss = answer_loss(engine, **batch) * run.world_size
             run.loader.lay_out_next()
@@ -103,7 +110,7 @@ def main(args):
             step += 1
             signal = run.step_ended(step, loss_sum, lr, engine.optimizer)
             loss_sum = 0.0
-            if step % args.log_steps == 0 or step == run.total_steps:
+            if step % run.args.log_steps == 0 or step == run.total_steps:
                 run.log_loss(step, lr)
             if signal or run.save_due(step):
                 run.save_newest(step)
@@ -115,8 +122,6 @@ def main(args):
                 run.evaluate(step)
             if step == run.total_steps:
                 break
-    run.end()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -209,7 +209,8 @@ def main(args):
         callbacks=[log_callback],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    with run.memory_errors():
+        trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     if run.must_end(trainer.state.global_step, log_callback.signal):
         end_by_signal(log_callback.signal, trainer.state.global_step)
     run.end()

@@ -83,7 +83,7 @@ DEEPSPEED = {
 | --- | --- | --- |
 {rows}
 
-- batch 的两个 `auto` 取自 `CONFIG`。写成数字而与 `CONFIG` 不同就报错，两个值都会说出来。
+- batch 的两个 `auto` 取自 `CONFIG`。写成数字而与 `CONFIG` 不同就报错，两个值都会说出来。`lr` 的 `auto` 按基座：hidden_size 小于 1024 是 1.5e-3，否则 1e-4；写了数字就用数字，用了多少在训练前打印。
 - `bf16`、`fp16` 都是 `auto` 时：CUDA 支持 bf16 就用 bf16，否则 fp16；CPU 有 avx512_bf16 或 AMX 用 bf16，否则 fp32。要指定就用 `--precision=fp32`。
 - 不能写 `scheduler`：升温和衰减由 `--warmup_ratio` 决定。
 - `torch_adam` 是 `true` 时，DeepSpeed 不去编译自己的 Adam。
@@ -98,7 +98,7 @@ The root's is right for 7B, that of `data/demo/` for the very small model. Each 
 | --- | --- | --- |
 {rows}
 
-- The two batch values that are `auto` come from `CONFIG`. A number that differs from `CONFIG` is an error that names both.
+- The two batch values that are `auto` come from `CONFIG`. A number that differs from `CONFIG` is an error that names both. `lr` as `auto` follows the base: 1.5e-3 where hidden_size is below 1024, else 1e-4; a number wins, and what is used is printed before training.
 - With `bf16` and `fp16` both `auto`: on CUDA bf16 if it is supported, else fp16; on a CPU bf16 if it has avx512_bf16 or AMX, else fp32. `--precision=fp32` decides it.
 - A `scheduler` is refused: warm-up and decay are set by `--warmup_ratio`.
 - `torch_adam` as `true` keeps DeepSpeed from compiling its own Adam.

@@ -11,6 +11,8 @@ BATCH_KEYS = {
     "gradient_accumulation_steps": "gradient_accumulation_steps",
 }
 
+AUTO = (("bf16", "enabled"), ("fp16", "enabled"), ("optimizer", "params", "lr"))  # by the device, and by the base
+
 
 def deepspeed_path(values, file):
     """The file asked for, else data/<data_name>/deepspeed.json beside the script, else deepspeed.json there."""
@@ -40,7 +42,9 @@ def deepspeed_options(settings, path, taken):
 
 def _deepspeed_kind(keys, default):
     if default == "auto":
-        return "auto or " + {"enabled": "bool", **dict.fromkeys(BATCH_KEYS, "int")}.get(keys[-1], "number")
+        return "auto or " + {"enabled": "bool", "lr": "float", **dict.fromkeys(BATCH_KEYS, "int")}.get(
+            keys[-1], "number"
+        )
     kind = kind_of(default)
     # JSON has one kind of number: a file that says "weight_decay": 0 must not refuse 0.01
     real = keys[:2] == ["optimizer", "params"] or keys == ["gradient_clipping"]
@@ -102,9 +106,9 @@ def _check_precision(settings, precision, path):
 
 
 def _check_numbers(settings, path):
-    """The learning rate has its home in the file, and raw DeepSpeed does not know "auto"."""
+    """The learning rate has its home in the file, and raw DeepSpeed does not know "auto"; the trainers fill in AUTO."""
     for name, keys in flatten(settings).items():
-        if value_at(settings, keys) == "auto" and keys not in (("bf16", "enabled"), ("fp16", "enabled")):
+        if value_at(settings, keys) == "auto" and keys not in AUTO:
             raise UserError(
                 f"{path}: {dotted(keys)} must be a number, not auto; write one or pass --deepspeed_{name}=…"
             )
@@ -116,5 +120,7 @@ def _check_numbers(settings, path):
         lr = settings["optimizer"]["params"]["lr"]
     except (KeyError, TypeError):
         lr = None
-    if isinstance(lr, bool) or not isinstance(lr, int | float):
-        raise UserError(f'{path}: "optimizer.params.lr" must hold the learning rate, a number such as 1e-4; got {lr!r}')
+    if lr != "auto" and (isinstance(lr, bool) or not isinstance(lr, int | float)):
+        raise UserError(
+            f'{path}: "optimizer.params.lr" must hold the learning rate, auto or a number such as 1e-4; got {lr!r}'
+        )

@@ -66,7 +66,7 @@ class TrainLoader:
         self.shape, self.seed, self.rank = (batch_size, accumulation, world_size), seed, rank
         # one rank needs none: nobody waits for it
         self.sizes = added_tokens(examples, batch_size) if world_size > 1 else [0] * len(examples)
-        self.epoch = self.skipped = 0
+        self.epoch = self.skipped = self.longest = 0  # longest: tokens of a row so far
         self.batches, self.ahead, self.thread = None, None, ThreadPoolExecutor(1)
         self.steps_per_epoch = -(-len(examples) // (batch_size * accumulation * world_size))
 
@@ -105,7 +105,10 @@ class TrainLoader:
         self.ahead = self.ahead or self.thread.submit(self._take_step, self.batches)
 
     def _take_step(self, batches):
-        return list(islice(batches, self.shape[1]))
+        step = list(islice(batches, self.shape[1]))
+        lengths = (row["input_ids"].shape[-1] for batch in step for row in batch["rows"] if isinstance(row, dict))
+        self.longest = max(self.longest, *lengths, 0)
+        return step
 
     def _batches(self):
         steps = optimizer_steps(self.sizes, *self.shape, self.seed, self.epoch)

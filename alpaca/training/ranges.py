@@ -33,7 +33,7 @@ def check_ranges(args):
             value = getattr(args, name)
         except AttributeError:
             continue
-        if not fits(value):
+        if value != "auto" and not fits(value):
             text = ",".join(map(str, value)) if isinstance(value, list) else value
             raise UserError(f"--{name}={text}: expected {expected}")
 

@@ -14,7 +14,7 @@ from alpaca.common.console import end_bars, say
 from alpaca.common.devices import DTYPES, check_launcher, describe_device, init_distributed, resolve_precision
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
-from alpaca.models.base import load_base
+from alpaca.models.base import check_model_dir, load_base
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data
@@ -34,7 +34,7 @@ from alpaca.training.lora import add_lora, check_options, compile_for_training
 from alpaca.training.loss import evaluate_loss
 from alpaca.training.prefix_tree import make_collate
 from alpaca.training.run_log import TrainLog, evaluated_steps
-from alpaca.training.steps import catch_signals, make_scheduler, shared_state
+from alpaca.training.steps import catch_signals, make_scheduler, shared_state, with_learning_rate
 
 SKIPS = 5  # steps in a row whose gradient is no number: the run ends
 SCALE_SEARCH = 16  # as many in fp16 until the first update: its loss scale begins at 2**16 and is halved until it fits
@@ -72,6 +72,9 @@ class Run:
         asked = {args.precision, *(args.deepspeed.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16"))}
         own = written.get("precision", "auto") if asked == {"auto"} else args.precision  # of a run that is resumed
         self.precision, self.settings = resolve_precision(own, args.deepspeed, self.device)
+        self.settings, self.lr_source = with_learning_rate(
+            self.settings, check_model_dir(args.model_dir)["hidden_size"]
+        )
         where = describe_device(self.device, self.precision, self.world_size)
         say(f"{where}, 训练 {len(self.train_set)} 条, 验证 {len(self.dev_set)} 条")
 
@@ -89,10 +92,36 @@ class Run:
 
     def load_model(self):
         """The base with fresh LoRA adapters on this rank's device, its layers compiled where --compile says so."""
-        base = load_base(self.args.model_dir, DTYPES[self.precision], self.device)
-        self.model = add_lora(base, self.args)
+        with self.memory_errors():
+            base = load_base(self.args.model_dir, DTYPES[self.precision], self.device)
+            self.model = add_lora(base, self.args)
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        tokens = sum(len(example.prompt_ids) + len(example.answer_ids) for example in self.train_set)
+        say(
+            f"学习率 {self.settings['optimizer']['params']['lr']:g}（{self.lr_source}）, 可训练参数 {trained:,}, "
+            f"共 {self.total_steps} 步, 每个 epoch {self.loader.steps_per_epoch} 步 {tokens:,} token"
+        )
         compile_for_training(self.model, self.loader, self.args, self.tokenizer.pad_token_id, self.device)
         return self.model
+
+    @contextmanager
+    def memory_errors(self):
+        """Meanwhile, a GPU without room is one line, with the remedies in the order in which to try them."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            end_bars()
+            peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+            batch, accumulation, _ = self.loader.shape
+            less = next((size for size in range(batch // 2, 0, -1) if batch % size == 0), batch)
+            split = f"--train_batch_size={less} --gradient_accumulation_steps={accumulation * batch // less}"
+            remedies = [f"{split} (the same examples a step)"] if less < batch else []
+            remedies += [] if self.args.gradient_checkpointing else ["--gradient_checkpointing"]
+            remedies += [f"a shorter --max_seq_length (the longest row so far has {self.loader.longest} tokens)"]
+            raise UserError(
+                f"the GPU has no memory left, at a peak of {peak:.1f} GiB; in this order: {'; '.join(remedies)}. --resume goes "
+                "on from the last checkpoint"
+            ) from None
 
     def begin(self, first_step):
         """Make save_dir ready and open the log. first_step: the optimizer steps that a resumed run has done already."""

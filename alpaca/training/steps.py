@@ -8,6 +8,21 @@ import torch.distributed as dist
 
 from alpaca.common.console import say
 
+# What "auto" is for a base whose hidden_size is below the first number: tried for the tiny model, usual for a 7B.
+LEARNING_RATES = ((1024, 1.5e-3), (float("inf"), 1e-4))
+
+
+def with_learning_rate(settings, hidden_size):
+    """(DeepSpeed's settings with a number for the learning rate, where that comes from)."""
+    optimizer, asked = settings["optimizer"], settings["optimizer"]["params"]["lr"]
+    if asked != "auto":
+        return settings, "DeepSpeed 配置或命令行"
+    lr = next(lr for below, lr in LEARNING_RATES if hidden_size < below)
+    return {
+        **settings,
+        "optimizer": {**optimizer, "params": {**optimizer["params"], "lr": lr}},
+    }, f"auto，hidden_size {hidden_size}"
+
 
 def warmup_linear(step, warmup_steps, total_steps):
     """The factor on the learning rate at a 0-based step: (step+1)/warmup, then linearly towards 0; never 0 itself."""

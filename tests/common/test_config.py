@@ -525,10 +525,12 @@ def test_the_deepspeed_file_of_the_original(train):
     assert settings["zero_optimization"]["offload_optimizer"]["device"] == "none"
 
 
-@pytest.mark.parametrize("data_name, lr", [("demo", 1.5e-3), ("other", 1e-4)])
-def test_our_own_deepspeed_files(data_name, lr):
+@pytest.mark.parametrize("data_name", ["demo", "other"])
+def test_our_own_deepspeed_files(data_name):
     args = parse_config(TRAIN, os.path.join(ROOT, "train.py"), [f"--data_name={data_name}"])
-    assert args.deepspeed_optimizer_params_lr == lr
+    assert args.deepspeed_optimizer_params_lr == "auto"
+    args = parse_config(TRAIN, os.path.join(ROOT, "train.py"), ["--deepspeed_optimizer_params_lr=1"])
+    assert args.deepspeed_optimizer_params_lr == 1.0
     assert args.deepspeed["optimizer"]["params"]["torch_adam"] is True
     assert args.deepspeed["zero_optimization"]["stage"] == 1
     assert args.deepspeed["bf16"] == args.deepspeed["fp16"] == {"enabled": "auto"}

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 
@@ -15,7 +16,7 @@ from alpaca.common.errors import UserError
 from alpaca.training.adapter_writer import BestScore
 from alpaca.training.checkpoints import complete_checkpoints
 from alpaca.training.run_log import evaluated_steps, repair_log
-from alpaca.training.steps import catch_signals, shared_state
+from alpaca.training.steps import catch_signals, shared_state, with_learning_rate
 from harness import read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
@@ -25,6 +26,7 @@ import os, runpy, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+import alpaca.training.loss as loss
 import alpaca.training.run as run
 {patch}
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -41,6 +43,13 @@ def with_nan(*args):
     model.lora.register_hook(lambda gradient: calls.append(0) or (gradient * float("nan") if len(calls) in {steps} else gradient))
     return model
 run.add_lora = with_nan
+"""
+
+NO_MEMORY = """
+import torch
+def answer_loss(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+loss.answer_loss = answer_loss
 """
 
 
@@ -89,6 +98,31 @@ def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_
     assert result.stderr.count("梯度是 NaN 或无穷") == 6
     assert [row.get("skipped", 0) for row in read_log(tmp_path / "run")] == [0, 1, 0, 1, 1, 1, 1]
     assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_gpu_without_room_is_one_line(base_dir, instruct_data, tmp_path, trainer):
+    """Here an error that the loss raises; also the line before the first step, with the learning rate's default."""
+    given = [option for option in options(base_dir, instruct_data, tmp_path / "run") if "params_lr" not in option]
+    result = run_script(f"{trainer}.py", *given, cwd=tmp_path, launcher=patched(NO_MEMORY), check=False)
+    error = error_of(result)
+    assert "in this order: --train_batch_size=3 --gradient_accumulation_steps=2 (the same examples a step); " in error
+    assert re.search(
+        r"; --gradient_checkpointing; a shorter --max_seq_length \(the longest row so far has [1-9]\d+ tok", error
+    )
+    assert re.search(
+        r"学习率 0.0015（auto，hidden_size 32）, 可训练参数 9,344, 共 7 步, 每个 epoch 35 步 [\d,]+ token",
+        result.stderr,
+    )
+
+
+def test_the_learning_rate_follows_the_base():
+    def rate(asked, hidden_size):
+        settings, _ = with_learning_rate({"optimizer": {"params": {"lr": asked, "eps": 1e-8}}}, hidden_size)
+        assert settings["optimizer"]["params"]["eps"] == 1e-8
+        return settings["optimizer"]["params"]["lr"]
+
+    assert [rate("auto", 4096), rate("auto", 256), rate(3e-4, 4096), rate(3e-4, 256)] == [1e-4, 1.5e-3, 3e-4, 3e-4]
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
