@@ -230,6 +230,7 @@ class Run:
         self.has_checkpoint = True
 
     def end(self):
+        self.log.draw()  # once more, with the last evaluation
         self.log.close()
         self.held.close()
         adapter = self.save_dir / "adapter_model"
