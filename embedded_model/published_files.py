@@ -9,9 +9,10 @@ import json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alpaca.models.adapter_files import read_adapter
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import EMBEDDING, HEAD, config_of, from_meta, meta_names, params_of, to_meta
-from alpaca.weights.lora_adapters import add_adapters, read_adapter, weights_file
+from alpaca.weights.lora_adapters import add_adapters
 
 FOLDERS = {
     "base": "tiny",
@@ -115,4 +116,4 @@ def write_adapter(tensors, folder, vocabulary):
 
 def load_adapter(folder):
     """The Adapter that write_adapter wrote; UserError where its files cannot be read."""
-    return read_adapter(weights_file(folder))
+    return read_adapter(folder)
