@@ -104,8 +104,8 @@ def optional_columns(where, record, query):
 def without_rehearsal(examples):
     """The examples of the task that the data are for, without those that only keep a model from forgetting other tasks.
 
-    These are the rows with "task": "rehearsal". Files of before that key was written are read as they were: where some
-    rows have a `text` or `entities`, rows without, of another instruction, are rehearsal too.
+    These are the rows with "task": "rehearsal". In older files, which have no such key, rows that have neither `text` nor
+    `entities` count as rehearsal where other rows do and the instruction is another.
     """
     own = [example for example in examples if example.get("task") != REHEARSAL]
     instructs = {example["instruct"] for example in own if example.get("task") == "ner"}

@@ -23,7 +23,7 @@ SORTED_BATCHES = 4  # prompts are sorted by length within so many batches
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None, texts=None):
     """Yield the greedy Answer of each prompt ([bos] + ids, lists of int), in the order given.
 
-    With a grammar (constraint.py) an answer can only say what its text allows. A prompt that fills the model's
+    With a grammar (grammar.py) an answer can only say what its text allows. A prompt that fills the model's
     positions gets NO_ANSWER. At most batch_size rows are computed at a time, fewer where their cache does not fit into
     the free memory.
     """

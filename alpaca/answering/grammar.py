@@ -8,7 +8,7 @@ llguidance compiles it for each text and says at every step which tokens can go 
 
 Only lines with a span and a type are lines of the answer. A model that begins a span in the wrong place may give it up, with a
 newline, as it would without a constraint: were that forbidden, it would have to go on to some type, and take the next
-entity into the span. generation.py leaves such lines out and counts them; without any other the answer is `没有`.
+entity into the span. generate.py leaves such lines out and counts them; without any other the answer is `没有`.
 """
 
 import json

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from alpaca.models.sentences import Window, cut_text, room_for_text
+from alpaca.models.cut_text import Window, cut_text, room_for_text
 from dataset import NO_ENTITY, gold_entities, task_of
 
 
@@ -45,9 +45,9 @@ def join_rows(text, windows, rows):
 def cut_examples(examples, model, tokenizer, train_args, facts):
     """The CutExample of each example (dataset.example_of_input), in order.
 
-    train_args, facts: the adapter's (None, {}: the base alone). Its training says how many tokens a prompt with its
-    answer may have and how many texts usually have: on longer texts a model misses most entities, so windows are not
-    made longer. Of another task than NER nothing is cut: the answers to the halves of a question are no answer to it.
+    train_args, facts: the adapter's (None, {}: the base alone). Its max_seq_length limits the tokens of a prompt with its
+    answer, its text_tokens is how long texts usually were: on longer ones a model misses most entities, so windows are
+    not made longer. Of another task than NER nothing is cut: the answers to the halves of a question are no answer to it.
     """
     labels, _, _ = task_of(facts)
     positions = model.config.max_position_embeddings

@@ -1,4 +1,4 @@
-"""JSON-lines corpora: one sentence with its entities a line."""
+"""JSON-lines corpora: one sentence with its entities a line, as the demo, MSRA and CLUENER have them."""
 
 from alpaca.common.errors import UserError
 from alpaca.corpora.records import read_records

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from alpaca.models.sentences import cut_text, room_for_text
+from alpaca.models.cut_text import cut_text, room_for_text
 from dataset import encode_examples, format_answer
 
 

@@ -55,7 +55,7 @@ def adapter_or_old(folder):
 def open_output(path, remedy="name another file"):
     """A file to write answers to, opened before they are computed: a path that cannot be written costs nothing then.
 
-    What it holds stays until the caller truncates it, for what else can go wrong before there is an answer.
+    Its old content stays until the caller truncates it, so a failure before the first answer loses nothing.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def score(rows, labels):
     "string" compares the sets of (entity, type) of a sentence, "span" every occurrence with its offsets; rates are
     fractions, 0 where nothing can be divided. A predicted entity that does not occur in the text is one false positive
     in both. A type that stands neither in `labels` nor in gold counts as false positives of "micro" and has no entry of
-    its own. No more has a type named "micro", since "micro" is the total (dataset.labels_of refuses such data).
+    its own. A type named "micro" has no entry either, since "micro" is the total (dataset.labels_of refuses such data).
     "micro" also has an "f1_interval", see `_interval`.
     """
     rows = list(rows)

@@ -140,8 +140,8 @@ class CompiledLayers:
     def _capture(self, length, inputs):
         """Forward and backward through all layers as two CUDA graphs, for rows like `inputs` (hidden states, cos, sin).
 
-        torch.cuda.make_graphed_callables does not fit: DeepSpeed's hook has tied the parameter's gradient node to the
-        default stream, which must not take part in a capture. So it goes through a stand-in that shares its memory.
+        torch.cuda.make_graphed_callables does not fit: DeepSpeed's hook on the parameter runs on the default stream,
+        which may not be used during a capture. So a second Parameter over the same memory is captured with.
         """
         inputs = [tensor.detach().clone() for tensor in inputs]
         lora, forward = torch.nn.Parameter(self.model.lora.detach()), None
@@ -227,5 +227,5 @@ class _Replay(torch.autograd.Function):
         captured = ctx.captured
         captured.output_gradient.copy_(gradient)
         captured.backward.replay()
-        # The buffer itself: autograd copies a gradient that somebody else still holds before it keeps it.
+        # Returning the buffer itself is safe: `captured` still refers to it, so autograd copies it instead of keeping it.
         return None, *(None for _ in captured.inputs), captured.gradient

@@ -19,7 +19,7 @@ MAY_CHANGE = {
     *("data_name", "train_path", "dev_path", "model_dir", "save_dir", "deepspeed_json_path", "local_rank", "resume"),
     # the optimizer's numbers
     *("deepspeed_optimizer_params_lr", "deepspeed_optimizer_params_betas", "deepspeed_optimizer_params_weight_decay"),
-    "warmup_ratio",  # while the warm-up lasts; see check_resumed
+    "warmup_ratio",  # only before the end of both warm-ups, which check_resumed looks at
     # how a step's examples are split; the examples of a step are compared
     *("train_batch_size", "gradient_accumulation_steps"),
     # compared as what they come to: the steps of the schedule, the precision that the device has

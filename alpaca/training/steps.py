@@ -25,7 +25,7 @@ def with_learning_rate(settings, hidden_size):
 
 
 def warmup_linear(step, warmup_steps, total_steps):
-    """The factor on the learning rate at a 0-based step: (step+1)/warmup, then linearly towards 0; never 0 itself."""
+    """The factor on the learning rate at a 0-based step: (step+1)/warmup, then linearly down to 0, which it reaches only behind the last step."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return max(total_steps - step, 0) / max(total_steps - warmup_steps, 1)

@@ -1,4 +1,4 @@
-"""How the decoder layers compute a tree row (packing.py): its attention, and on CUDA the layers as captured graphs.
+"""How the decoder layers compute a tree row (prefix_tree.py): its attention. cuda_graphs.py captures the layers.
 
 Nothing of transformers or PEFT is patched: "tree" is an attention implementation of transformers' own interface, and a
 row's plan travels as a keyword argument through model(**inputs).

@@ -5,7 +5,7 @@ import time
 from types import SimpleNamespace
 
 from alpaca.answering.windows import cut_examples, join_rows
-from alpaca.models.sentences import cut_text
+from alpaca.models.cut_text import cut_text
 from alpaca.models.tokenizer import load_tokenizer
 from dataset import example_of_input
 

@@ -29,7 +29,7 @@ class Cut(NamedTuple):
 def cut_text(text, count_tokens, room, usual=None, keep=()):
     """Cut a text into windows of at most `room` tokens -> Cut.
 
-    count_tokens: str -> int; a longer part of the text may not have fewer tokens than its beginning. usual: how many
+    count_tokens: str -> int, which must not fall as the text grows (the longest part that fits is found by bisection). usual: how many
     tokens texts usually have (None: `room`). A window is as many whole sentences as have at most `usual` tokens
     together, but at least one sentence. A sentence of more than `room` tokens is cut after a clause or, where there is
     no clause, anywhere. keep: [(begin, end)] of the text, which no window's end goes across if each fits into one.
