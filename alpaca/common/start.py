@@ -36,6 +36,9 @@ def start():
 
     import torch
 
+    # cuDNN builds a plan for every attention shape that it has not met, which takes longer than the attention. Answers,
+    # and training whose layers are not compiled, meet a new shape at almost every step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would choose too, after a warning
 
