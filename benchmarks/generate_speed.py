@@ -10,9 +10,11 @@ any length; so every answer is forced to be the right one, and lengths and masks
 how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
 left, similar lengths together), ours (generate.py without a grammar), constrained (with it). LoRA is merged for
 all. Prints a table and writes benchmarks/results/generate_speed-<device>-<precision>.json, a list of {"how", "batch",
-"examples", "examples_per_second", "ms_per_step", "same_answers", "constraint_share", "bandwidth_share", "peak_gib"}.
+"examples", "examples_per_second", "ms_per_step", "same_answers", "constraint_share", "setup_s", "bandwidth_share",
+"peak_gib"}.
 
-same_answers: the share of answers that equal single's. constraint_share: the share of the time that the grammar takes.
+same_answers: the share of answers that equal single's. constraint_share: the share of the time that the host spends on the
+grammar, much of it while a GPU computes. setup_s: seconds for compiling and capturing steps, which are not in the speed.
 bandwidth_share, on a GPU: a step must at least read the weights and the rows' cache from memory once; the share of the
 time that this takes at the rate at which the card copies memory. A step that also reads prompts has more to do.
 """
@@ -31,9 +33,12 @@ from alpaca.common.start import start
 
 start()
 
-from alpaca.answering import batch as batching
+from alpaca.answering import engine
 from alpaca.answering import generate as generating
 from alpaca.answering import grammar as constraint
+from alpaca.answering.graphs import CapturedStepper
+from alpaca.answering.row import Row
+from alpaca.answering.step import Stepper
 from alpaca.common.console import say
 from alpaca.common.devices import DTYPES, pick_precision
 from alpaca.common.errors import UserError
@@ -117,44 +122,48 @@ def with_transformers(model, tokenizer, examples, batch, forced):
     return texts
 
 
-class ForcedRow(batching.Row):
+class ForcedRow(Row):
     """A row that says the right answer, whatever the model prefers."""
 
     answers = []
 
-    def add(self, token, log_probability, piece):
-        token = self.answers[self.number][len(self.ids) - len(self.prompt)]
-        super().add(token, log_probability, self.pieces[token])
+    def take(self, token, log_probability):
+        super().take(self.answers[self.number][len(self.ids) - len(self.prompt)], log_probability)
 
 
 @contextmanager
-def watched(forced, examples, tokenizer):
-    """Count what generate.py does meanwhile: {"steps", "tokens_read" from the cache, "constraint": seconds}."""
-    counts = {"steps": 0, "tokens_read": 0, "constraint": 0.0}
-    originals = [(batching.Batch, "_read"), (generating, "Row"), (batching, "forbid")]
-    originals += [(constraint.AnswerGrammar, name) for name in ("matchers", "masks")]
-    originals = [(holder, name, getattr(holder, name)) for holder, name in originals]
+def watched(forced, examples):
+    """Count what is done meanwhile: {"steps", "tokens_read" from the cache; seconds: "constraint", "setup" (of graphs)}."""
+    counts = {"steps": 0, "tokens_read": 0, "constraint": 0.0, "setup": 0.0}
+    changed = [(generating, "Row"), (engine, "forbid"), (engine.Engine, "capture")]
+    changed += [(constraint.AnswerGrammar, name) for name in ("begin_matcher", "masks")]
+    changed += [(kind, "__call__") for kind in (Stepper, CapturedStepper)]
+    originals = [(holder, name, getattr(holder, name)) for holder, name in changed]
 
-    def timed(function):
+    def timed(function, key):
         def call(*args):
             start = time.perf_counter()
             try:
                 return function(*args)
             finally:
-                counts["constraint"] += time.perf_counter() - start
+                counts[key] += time.perf_counter() - start
 
         return call
 
-    def read(batch, rows):
-        counts["steps"] += 1
-        counts["tokens_read"] += sum(row.read for row in rows)
-        return originals[0][2](batch, rows)
+    def counted(function):
+        def call(stepper, parts):
+            counts["steps"] += 1
+            counts["tokens_read"] += sum(row.read for row, _ in parts)
+            return function(stepper, parts)
 
-    batching.Batch._read, batching.forbid = read, timed(batching.forbid)
-    for name in ("matchers", "masks"):
-        setattr(constraint.AnswerGrammar, name, timed(getattr(constraint.AnswerGrammar, name)))
+        return call
+
+    for holder, name, function in originals[1:]:
+        keys = {"capture": "setup", "__call__": None}
+        key = keys.get(name, "constraint")
+        setattr(holder, name, timed(function, key) if key else counted(function))
     if forced:
-        ForcedRow.answers, ForcedRow.pieces = [e.answer_ids for e in examples], tokenizer.token_bytes
+        ForcedRow.answers = [example.answer_ids for example in examples]
         generating.Row = ForcedRow
     try:
         yield counts
@@ -186,7 +195,7 @@ def main(args):
             torch.cuda.reset_peak_memory_stats()
         for measured in (False, True):  # once for the warm-up
             part = slice(None) if measured else slice(min(8, len(chosen)))
-            with watched(forced, examples[part], tokenizer) as counts:
+            with watched(forced, examples[part]) as counts:
                 wait(device)
                 start = time.perf_counter()
                 if how in ("single", "padded"):
@@ -198,7 +207,7 @@ def main(args):
                         a.text for a in generating.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch, *rules)
                     ]
                 wait(device)
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - start - counts["setup"]
         row = {
             "how": how,
             "batch": batch,
@@ -212,7 +221,7 @@ def main(args):
         if counts["steps"]:
             needed = counts["steps"] * read_once + counts["tokens_read"] * token_bytes
             row |= {"ms_per_step": round(1000 * seconds / counts["steps"], 2)}
-            row |= {"constraint_share": round(counts["constraint"] / seconds, 3)}
+            row |= {"constraint_share": round(counts["constraint"] / seconds, 3), "setup_s": round(counts["setup"], 1)}
         if device == "cuda":
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
             row |= {"bandwidth_share": round(needed / rate / seconds, 3)} if counts["steps"] else {}

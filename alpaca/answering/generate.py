@@ -10,9 +10,9 @@ import re
 from collections import deque
 
 import torch
-from transformers import AttentionInterface
 
-from alpaca.answering.batch import NO_ANSWER, Batch, Row, row_attention
+from alpaca.answering.engine import Engine
+from alpaca.answering.row import NO_ANSWER, Row
 from alpaca.common.console import progress
 from dataset import BOS, PROMPT, UNK
 
@@ -37,12 +37,12 @@ def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None
     # The longest of a chunk first: what is left when nothing waits any more is short.
     chunk = SORTED_BATCHES * batch_size
     waiting = deque(sorted(rows, key=lambda row: (row.number // chunk, -len(row.prompt))))
-    batch = Batch(model, tokenizer, min(batch_size, len(rows)), grammar, common_prefix([row.prompt for row in rows]))
+    engine = Engine(model, tokenizer, rows, min(batch_size, len(rows)), grammar) if rows else None
     answers = {}
     with progress(total=len(rows), desc="生成", unit="条") as bar:
         for i in range(len(prompts)):
             while fits[i] and i not in answers:
-                for row in batch.advance(waiting):
+                for row in engine.advance(waiting):
                     answers[row.number] = row.answer(tokenizer, grammar)
                     bar.update()
             yield answers.pop(i, NO_ANSWER)
@@ -59,9 +59,9 @@ def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None, pi
     if len(prompt) >= positions:
         return
     row = Row(0, prompt, min(len(prompt) + max_new_tokens, positions), text)
-    batch, waiting, shown = Batch(model, tokenizer, 1, grammar, [], pick), deque([row]), None
-    while not batch.advance(waiting):
-        said = row.said(tokenizer, grammar)
+    engine, waiting, shown = Engine(model, tokenizer, [row], 1, grammar, pick), deque([row]), None
+    while not engine.advance(waiting):
+        said = row.certain(tokenizer, grammar)
         if said != (shown or ""):
             yield (shown := said)
     said = row.answer(tokenizer, grammar).text
@@ -102,15 +102,3 @@ def sampler(tokenizer, temperature, top_p, seed):
         return tokens.gather(1, probabilities.multinomial(1, generator=draw)).squeeze(1).to(logits.device)
 
     return pick
-
-
-def common_prefix(prompts):
-    """What all prompts begin with, without the last token of any; nothing where there is only one."""
-    if len(prompts) < 2:
-        return []
-    first, last = min(prompts), max(prompts)
-    longest = min(map(len, prompts)) - 1
-    return first[: next((i for i in range(longest) if first[i] != last[i]), longest)]
-
-
-AttentionInterface.register("rows", row_attention)

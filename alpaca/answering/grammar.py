@@ -11,6 +11,7 @@ newline, as it would without a constraint: were that forbidden, it would have to
 entity into the span. generate.py leaves such lines out and counts them; without any other the answer is `没有`.
 """
 
+import functools
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,11 @@ class AnswerGrammar:
 
     def matchers(self, texts):
         """For each text an llguidance LLMatcher at the beginning of an answer. Takes a millisecond a text and core."""
-        return list(self.threads.map(self._matcher, texts))
+        return [matcher.result() for matcher in map(self.begin_matcher, texts)]
+
+    def begin_matcher(self, text):
+        """A Future of the matcher of one text, which a thread begins to make."""
+        return self.threads.submit(self._matcher, text)
 
     def _matcher(self, text):
         substring = json.dumps({"substring_chars": text}, ensure_ascii=False)
@@ -72,14 +77,17 @@ class AnswerGrammar:
         return bool(entity) and kind in self.labels
 
 
-# What a byte of a mask adds to the logits of its eight tokens: 0 or -inf.
-_BYTES = torch.where((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1 > 0, 0.0, float("-inf"))
+@functools.cache
+def _bytes_on(device):
+    """What a byte of a mask adds to the logits of its eight tokens: 0 or -inf."""
+    bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
+    return torch.where(bits > 0, 0.0, float("-inf")).to(device)
 
 
 def forbid(logits, bits):
     """Set to -inf what `AnswerGrammar.masks` does not allow, in place. logits: float32 [rows, vocabulary]."""
     indices = bits.to(logits.device, non_blocking=True).view(torch.uint8).int()
-    allowed = torch.nn.functional.embedding(indices, _BYTES.to(logits.device))
+    allowed = torch.nn.functional.embedding(indices, _bytes_on(logits.device))
     return logits.add_(allowed.flatten(1)[:, : logits.shape[1]])
 
 

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from alpaca.answering.batch import Row
 from alpaca.answering.grammar import AnswerGrammar, forbid
 from alpaca.answering.predictions import make_grammar
+from alpaca.answering.row import Row
 from alpaca.common.errors import UserError
 from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.labels import read_labels
@@ -101,13 +101,18 @@ def test_spans_of_odd_texts(grammar, tokenizer, text):
         assert not accepts(grammar, text, tokenizer.encode_texts([lines])[0])[0], repr(lines)
 
 
+def go_on(row, token, log_probability, tokenizer):
+    row.take(token, log_probability)
+    row.note(tokenizer.token_bytes)
+
+
 def answer_at_random(grammar, tokenizer, text, draw):
     """An answer of tokens drawn from the masks."""
     row = Row(0, [1], 60, text)
-    row.start(0, grammar.matchers([text])[0])
+    row.matcher = grammar.matchers([text])[0]
     while not row.over:
         token = draw.choice(allowed(grammar, row.matcher))
-        row.add(token, -0.5, tokenizer.token_bytes[token])
+        go_on(row, token, -0.5, tokenizer)
     return row.answer(tokenizer, grammar)
 
 
@@ -126,10 +131,10 @@ def test_nothing_else_can_be_said(grammar, tokenizer, text):
 
 def say(grammar, tokenizer, text, answer):
     row = Row(0, [1], 100, text)
-    row.start(0, grammar.matchers([text])[0])
+    row.matcher = grammar.matchers([text])[0]
     for token in [*tokenizer.encode_texts([answer])[0], EOS]:
         if not row.over:
-            row.add(token, 0.0, tokenizer.token_bytes[token])
+            go_on(row, token, 0.0, tokenizer)
     return row.answer(tokenizer, grammar)
 
 
@@ -149,9 +154,9 @@ def test_lines_that_are_left_out(grammar, tokenizer):
 def test_an_answer_cut_off_ends_with_its_last_whole_line(grammar, tokenizer):
     ids = tokenizer.encode_texts(["王明_人名\n北京_x"])[0]
     row = Row(0, [1], len(ids), "王明在北京")  # bos and all tokens but the last
-    row.start(0, grammar.matchers([row.text])[0])
+    row.matcher = grammar.matchers([row.text])[0]
     for token in ids[:-1]:
-        row.add(token, 0.0, tokenizer.token_bytes[token])
+        go_on(row, token, 0.0, tokenizer)
     assert row.over and row.answer(tokenizer, grammar)[:4] == ("王明_人名", False, 0, 0)
 
 

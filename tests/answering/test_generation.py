@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alpaca.answering import batch, memory
+from alpaca.answering import engine, memory, slots
 from alpaca.answering import generate as generating
-from alpaca.answering.batch import Batch, Row
-from alpaca.answering.generate import common_prefix, generate, sampler, stream, without_template
+from alpaca.answering.engine import Engine, common_prefix
+from alpaca.answering.generate import generate, sampler, stream, without_template
 from alpaca.answering.grammar import AnswerGrammar
+from alpaca.answering.row import Row
+from alpaca.answering.slots import Slots
+from alpaca.answering.step import Stepper
 from alpaca.models.tokenizer import load_tokenizer
 from dataset import EOS, build_prompt, encode_prompts
 from harness import INSTRUCTION, make_records
@@ -83,7 +86,7 @@ def test_answers_are_those_of_transformers(model, tokenizer, prompts):
 
 @pytest.mark.parametrize("constrained", [False, True])
 def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts, monkeypatch, constrained):
-    """Batches of 1, 3 and 64; forced tokens in one step; a memory for three rows, in which only two can end."""
+    """Batches of 1, 3 and 64; any order; a memory for two rows, in which others begin; prompts read in parts."""
     prompts, texts = prompts[0], prompts[1] if constrained else None
     expected = rounded(answers(model, tokenizer, prompts, texts, batch_size=1))
     for batch_size in (3, 64):
@@ -91,17 +94,20 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     shuffled = random.Random(1).sample(range(len(prompts)), len(prompts))
     mixed = answers(model, tokenizer, [prompts[i] for i in shuffled], texts and [texts[i] for i in shuffled])
     assert [rounded(mixed)[shuffled.index(i)] for i in range(len(prompts))] == expected
-    monkeypatch.setattr(Batch, "skips_forced", property(lambda self: True, lambda self, value: None), raising=False)
+    # a memory for two of the longest rows: others go back to wait, in the middle of their answers
+    monkeypatch.setattr(slots, "PLACES", 8)
+    monkeypatch.setattr(slots, "USUAL", 0)
+    monkeypatch.setattr(slots, "ANSWER_PLACES", 1)
+    token_bytes = 2 * 2 * 1 * 16 * 4  # layers, key and value, heads, size, float32
+    places = max(map(len, prompts)) - len(common_prefix(prompts)) + 24
+    monkeypatch.setattr(slots, "free_memory", lambda device: 2 * places * token_bytes / slots.MEMORY_SHARE)
+    put_off, release = [], Slots.release
+    monkeypatch.setattr(Slots, "release", lambda self, row: put_off.append(row.over) or release(self, row))
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
-    places = (max(map(len, prompts)) // 8 + 2) * 8
-    token_bytes = 2 * 2 * 2 * 8 * 4  # layers, key and value, heads, size, float32
-    put_off = []
-    fit = Batch._fit
-    monkeypatch.setattr(Batch, "_fit", lambda self, longest: put_off.extend(rows := fit(self, longest)) or rows)
-    monkeypatch.setattr(batch, "PLACES", 8)
-    monkeypatch.setattr(batch, "free_memory", lambda device: 3 * places * token_bytes / batch.MEMORY_SHARE + 9)
+    assert not all(put_off[1:]) or constrained  # the first is what all share; the longest constrained answers are short
+    # a prompt is read in parts, some beside others
+    monkeypatch.setattr(engine, "STEP_TOKENS", 11)
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
-    assert put_off or constrained  # the longest of the constrained answers are short
 
 
 CACHED = "active_file 100\ninactive_file 200\ntotal_active_file 10000\ntotal_inactive_file 20000\n"
@@ -133,7 +139,7 @@ def test_free_memory_is_what_a_container_leaves(tmp_path, monkeypatch, line, fil
 
 def test_short_prompts_leave_a_long_row_its_places(model, tokenizer, prompts, monkeypatch):
     """They come in while it is still being answered, and alone would need a cache of half the size."""
-    monkeypatch.setattr(batch, "PLACES", 8)
+    monkeypatch.setattr(slots, "PLACES", 8)
     prompts = [(prompts[0][0] * 3)[:480], *prompts[0]]
     alone = answers(model, tokenizer, prompts, batch_size=1)
     assert rounded(answers(model, tokenizer, prompts, batch_size=8)) == rounded(alone)
@@ -162,8 +168,8 @@ def test_an_answer_has_no_more_tokens_than_it_may(model, tokenizer, prompts, con
 def test_answers_come_in_order_before_all_are_known(model, tokenizer, prompts, monkeypatch):
     monkeypatch.setattr(generating, "SORTED_BATCHES", 1)
     calls = []
-    advance = Batch.advance
-    monkeypatch.setattr(Batch, "advance", lambda self, waiting: calls.append(len(waiting)) or advance(self, waiting))
+    advance = Engine.advance
+    monkeypatch.setattr(Engine, "advance", lambda self, waiting: calls.append(len(waiting)) or advance(self, waiting))
     found = generate(model, tokenizer, prompts[0], 12, 4)
     next(found)
     assert calls[-1] > 0  # others have not even begun
@@ -189,12 +195,12 @@ def test_half_a_character_is_not_streamed(model, tokenizer, monkeypatch):
     assert len(ids) == 5
     script = iter(ids)
 
-    def says(self, rows):
-        logits = torch.zeros(1, len(self.pieces))
+    def says(self, parts):
+        logits = torch.zeros(1, tokenizer.vocab_size)
         logits[0, next(script)] = 9
         return logits
 
-    monkeypatch.setattr(Batch, "_read", says)
+    monkeypatch.setattr(Stepper, "__call__", says)
     assert list(stream(model, tokenizer, [1, 5], 24)) == ["鑫"]
 
 

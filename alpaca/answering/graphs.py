@@ -1,0 +1,104 @@
+"""Steps of a few sizes as CUDA graphs: a step that is launched operation by operation waits for the host most of its time."""
+
+import functools
+from bisect import bisect_left, bisect_right
+from collections import namedtuple
+
+import torch
+
+from alpaca.answering.attention import Flash
+from alpaca.answering.step import Stepper, lay_out
+
+SIZE_MULTIPLE = 128  # tokens of a step: a multiple of the tiles of matrix products
+TOKENS_PER_ROW = 8  # of a full step; while rows come and go, one that answers in few tokens needs about 6 a step
+STEP_TOKENS = 1024  # of a full step; larger ones gain nothing on an H100, and waste more at the end
+
+# indices, ints: the inputs on the device; sent_indices, sent_ints: on the host, to be filled once `arrived` says that the
+# last ones have been read; step: what else the graph reads, which must go on to exist.
+Captured = namedtuple("Captured", "graph logits indices ints sent_indices sent_ints arrived step")
+
+
+def step_sizes(at_once):
+    """The numbers of tokens that a step may have, for so many rows at a time."""
+    most = max(min(TOKENS_PER_ROW * at_once, STEP_TOKENS), at_once)
+    return sorted(
+        {
+            min(at_once, SIZE_MULTIPLE),
+            *range(SIZE_MULTIPLE, most, SIZE_MULTIPLE),
+            -(-most // SIZE_MULTIPLE) * SIZE_MULTIPLE,
+        }
+    )
+
+
+class CapturedStepper(Stepper):
+    """A Stepper whose steps are replayed; all sizes are captured at once, when it is made.
+
+    compiled: the layers are compiled too, once for each size. slots: with one spare slot.
+    """
+
+    def __init__(self, model, slots, shared_tokens, at_once, compiled):
+        super().__init__(model, slots, shared_tokens)
+        self.rows, self.sizes = at_once, step_sizes(at_once)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+        self.layers = self.body.layers
+        if compiled:
+            forward = torch.compile(type(self.layers[0]).forward, dynamic=False)
+            self.layers = [functools.partial(forward, layer) for layer in self.layers]
+        pool = torch.cuda.graph_pool_handle()  # no two sizes are in use at once
+        largest_first = [(size, self._capture(size, pool)) for size in reversed(self.sizes)]
+        self.captured = dict(largest_first)
+
+    def _capture(self, size, pool):
+        """A step of `size` tokens. Until it has been loaded, all of them are padding, which writes to the spare slot."""
+        indices = torch.zeros(3 * size + self.rows, dtype=torch.long)
+        ints = torch.zeros(3 * self.rows + 2, dtype=torch.int32)
+        self._fill(size, indices, ints, [])
+        sent, indices, ints = (indices.pin_memory(), ints.pin_memory()), indices.to(self.device), ints.to(self.device)
+        ids, positions, where, last = indices.split([size, size, size, self.rows])
+        begins, keys, used = ints.split([self.rows + 1, self.rows + 1, self.rows])
+        constants = (
+            torch.tensor([0, n], dtype=torch.int32, device=self.device) for n in (size, self.slots.shared.shape[2])
+        )
+        step = Flash(where, begins, keys, used, *constants)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):  # compiles and tunes, which must not happen during a capture
+                self.compute(ids, positions, step, last, self.layers)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits = self.compute(ids, positions, step, last, self.layers)
+        return Captured(graph, logits, indices, ints, *sent, torch.cuda.Event(), step)
+
+    def _fill(self, size, indices, ints, parts):
+        """Write the inputs of a step into host tensors. Returns how many logits it has."""
+        layout = lay_out(parts, self.slots.places, self.shared_tokens)
+        indices, ints, total, rows = indices.numpy(), ints.numpy(), len(layout.ids), len(parts)
+        places = self.slots.places
+        indices[:total], indices[size : size + total] = layout.ids, layout.positions
+        indices[2 * size : 2 * size + total] = layout.where
+        indices[2 * size + total : 3 * size] = self.slots.count * places
+        indices[3 * size : 3 * size + len(layout.last)] = layout.last
+        ints[: rows + 1], ints[rows + 1 : self.rows + 1] = layout.begins, total
+        keys, used = ints[self.rows + 1 : 2 * self.rows + 2], ints[2 * self.rows + 2 :]
+        keys[:rows], keys[rows:] = [row.first * places for row, _ in parts], (self.slots.count + 1) * places
+        used[:rows], used[rows:] = [row.read + count - self.shared_tokens for row, count in parts], 0
+        return len(layout.last)
+
+    def size_around(self, total):
+        """The captured sizes next to `total`: (that or the next below, that or the next above); 0 where none is below."""
+        i, j = bisect_right(self.sizes, total), bisect_left(self.sizes, total)
+        return self.sizes[i - 1] if i else 0, self.sizes[j]
+
+    def __call__(self, parts):
+        _, size = self.size_around(sum(count for _, count in parts))
+        step = self.captured[size]
+        step.arrived.synchronize()
+        count = self._fill(size, step.sent_indices, step.sent_ints, parts)
+        step.indices.copy_(step.sent_indices, non_blocking=True)
+        step.ints.copy_(step.sent_ints, non_blocking=True)
+        step.arrived.record()
+        step.graph.replay()
+        return step.logits[:count]

@@ -1,0 +1,100 @@
+"""A prompt on its way to an answer: its tokens, and what the grammar and the lines of the answer say about it."""
+
+from collections import namedtuple
+
+from alpaca.answering.grammar import checked
+from dataset import EOS, NO_ENTITY
+
+# text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
+# abandoned: how many lines a grammar left out since they were there already, or had no type. confidences: for each line
+# of text the mean log-probability of its tokens; log_probability: that of all the model said. Both under the grammar.
+Answer = namedtuple("Answer", "text ended repeated abandoned confidences log_probability")
+
+
+NO_ANSWER = Answer(None, False, 0, 0, [], None)
+
+
+class Row:
+    """A prompt on its way to an answer. ids: its tokens and the answer's; the keys and values of the first `read` of
+    them are kept, in the slots from `first` on."""
+
+    def __init__(self, number, prompt, limit, text=None):
+        self.number, self.prompt, self.limit, self.text = number, prompt, limit, text
+        self.ids, self.read, self.first, self.width = list(prompt), 0, None, 0
+        self.matcher, self.begun = None, False  # matcher: LLMatcher; a Future of one until the answer begins
+        self.lines, self.scores, self.log_probability = [b""], [[]], 0.0  # scores: of the tokens of each line
+        self.ended, self.stale, self.noted, self.said = False, 0, len(prompt), []  # said: not noted yet
+
+    def begin(self, pieces):
+        """Begin the answer, with what the grammar leaves no choice about: the probability of these tokens is 1."""
+        self.begun = True
+        if self.matcher:
+            self.matcher = self.matcher.result()
+            for token in self.matcher.compute_ff_tokens():
+                if not self.over:
+                    self.take(token, 0.0)
+            self.note(pieces)
+
+    @property
+    def over(self):
+        return self.ended or len(self.ids) >= self.limit
+
+    def take(self, token, log_probability):
+        """Go on with a token of the answer."""
+        self.said.append((token, log_probability))
+        if token == EOS:
+            self.ended = True
+        else:
+            self.ids.append(token)
+
+    def note(self, pieces):
+        """Write down what was taken, which can wait until after the next step. pieces: what a token adds to the text, as
+        bytes. The lines may say that the answer is over: a loop."""
+        for token, log_probability in self.said:
+            self._note(token, log_probability, pieces[token])
+        self.said = []
+
+    def _note(self, token, log_probability, piece):
+        self.log_probability += log_probability
+        if token == EOS:
+            return
+        if self.matcher:
+            self.matcher.consume_token(token)
+            checked(self.matcher)
+            piece = piece[1:] if self.noted == len(self.prompt) else piece  # the answer begins with a dummy space
+        self.noted += 1
+        for i, part in enumerate(piece.split(b"\n")):
+            if i:
+                self._end_line()
+            if part:
+                self.lines[-1] += part
+                self.scores[-1].append(log_probability)
+
+    def _end_line(self):
+        """Begin another line; under a grammar, two lines in a row that were there before are the end: a loop."""
+        self.stale = self.stale + 1 if self.lines[-1] in self.lines[:-1] else 0
+        self.ended = self.ended or self.matcher is not None and self.stale == 2
+        self.lines.append(b"")
+        self.scores.append([])
+
+    def certain(self, tokenizer, grammar):
+        """What of the text is certain while the answer goes on."""
+        if not grammar:
+            return tokenizer.decode(self.ids[len(self.prompt) : self.noted]).rstrip("\ufffd")
+        return b"\n".join(dict.fromkeys(filter(grammar.states_entity, self.lines[:-1]))).decode()
+
+    def answer(self, tokenizer, grammar):
+        means = [sum(scores) / len(scores) if scores else 0.0 for scores in self.scores]
+        if not grammar:
+            text = tokenizer.decode(self.ids[len(self.prompt) : self.noted])
+            return Answer(text, self.ended, 0, 0, means, self.log_probability)
+        confidences, repeated, abandoned = {}, 0, 0
+        for i, (line, mean) in enumerate(zip(self.lines, means, strict=True)):
+            if line in confidences:
+                repeated += 1
+            elif grammar.states_entity(line):
+                confidences[line] = mean
+            elif line and line.decode(errors="replace") != NO_ENTITY and (self.ended or i < len(self.lines) - 1):
+                abandoned += 1
+        text = b"\n".join(confidences).decode() or NO_ENTITY
+        return Answer(text, self.ended, repeated, abandoned, list(confidences.values()), self.log_probability)

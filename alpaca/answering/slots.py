@@ -1,0 +1,107 @@
+"""The memory for the keys and values of the rows being answered: slots of one size, of which a row takes what it needs.
+
+What all prompts begin with is kept once, beside the slots. A row's own tokens stand in neighbouring slots, so that they
+are one piece of memory; a row that outgrows its slots takes the next one, or moves to where there are enough.
+"""
+
+import torch
+
+from alpaca.answering.memory import free_memory
+
+MEMORY_SHARE = 0.4  # of the free memory, for the slots
+PLACES = 16  # a slot holds a multiple of so many tokens
+USUAL = 0.9  # so many of the prompts fit into one slot, with a short answer
+ANSWER_PLACES = 32  # what a short answer takes
+SLOTS_PER_ROW = 4  # at most, on average; rows for which there are none wait
+
+
+def slot_places(rows, shared):
+    """How many tokens a slot holds, that most of the rows need no second one. shared: tokens that all begin with."""
+    lengths = sorted(len(row.prompt) - shared for row in rows)
+    usual = lengths[int(USUAL * (len(lengths) - 1))] + ANSWER_PLACES
+    longest = max(row.limit for row in rows) - shared
+    return -(-max(min(usual, longest), 1) // PLACES) * PLACES
+
+
+class Slots:
+    """`count` slots of `places` tokens each.
+
+    kept: keys and values, [layers, 2, slots, places, heads, size]; by_heads: [layers, 2, slots, heads, places, size].
+    spare: how many slots there are beyond `count`, which no row takes: what padding leaves behind goes there.
+    """
+
+    def __init__(self, config, device, dtype, rows, at_once, shared, by_heads, spare=0):
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        self.places, self.by_heads = slot_places(rows, shared), by_heads
+        own = -(-(max(row.limit for row in rows) - shared) // self.places)  # slots of the longest row there may be
+        in_memory = int(MEMORY_SHARE * free_memory(device)) // (
+            2 * layers * heads * size * dtype.itemsize * self.places
+        )
+        least = max(own, -(-shared // self.places))  # one row can always end, and what is shared be read
+        wanted = min(own, SLOTS_PER_ROW) * at_once
+        if in_memory < wanted:  # a multiple, so that what was compiled for it fits a later one too
+            wanted = in_memory // at_once * at_once or in_memory
+        self.count = max(least, wanted)
+        shape = (heads, self.places) if by_heads else (self.places, heads)
+        # Zeros: what a row has not written yet is multiplied by 0, and 0 times not-a-number would not be 0.
+        self.kept = torch.zeros(layers, 2, self.count + spare, *shape, size, dtype=dtype, device=device)
+        self.shared = self.kept.new_zeros(layers, 2, *((heads, 0) if by_heads else (0, heads)), size)
+        self.taken = [False] * self.count
+
+    def share(self, row):
+        """Keep what a row holds as what all rows begin with, once."""
+        kept = self.kept[:, :, row.first : row.first + row.width]
+        if self.by_heads:
+            self.shared = kept.transpose(2, 3).flatten(3, 4)[:, :, :, : row.read].contiguous()
+        else:
+            self.shared = kept.flatten(2, 3)[:, :, : row.read].contiguous()
+        self.release(row)
+
+    def give(self, row, tokens):
+        """Let a row have slots for so many tokens of its own, those that it holds included; False if there are none."""
+        width = max(-(-tokens // self.places), 1)
+        if width <= row.width:
+            return True
+        old, self.taken[slice(*_ends(row))] = _ends(row), [False] * row.width
+        first = self._run(width, row.first)
+        if first is None:
+            self.taken[slice(*old)] = [True] * row.width
+            return False
+        if row.width and first != row.first:
+            self.kept[:, :, first : first + row.width] = self.kept[:, :, slice(*old)].clone()  # the two may overlap
+        row.first, row.width = first, width
+        self.taken[slice(*_ends(row))] = [True] * width
+        return True
+
+    def _run(self, width, here=None):
+        """The first of `width` free slots in a row: those from `here` on, if they are, else the first ones."""
+        for first in [*([] if here is None else [here]), *range(self.count - width + 1)]:
+            if first + width <= self.count and not any(self.taken[first : first + width]):
+                return first
+        return None
+
+    def release(self, row):
+        """Take a row's slots back, and what they hold."""
+        self.taken[slice(*_ends(row))] = [False] * row.width
+        row.first, row.width, row.read = None, 0, 0
+
+    def close_up(self, rows):
+        """Move rows of one slot from the end into the gaps before them, so that the rows stand together."""
+        sources, targets = [], []
+        for row in sorted(rows, key=lambda row: -row.first):
+            gap = self._run(1)
+            if gap is None or gap > row.first:
+                break
+            if row.width == 1:
+                sources.append(row.first)
+                targets.append(gap)
+                self.taken[gap], self.taken[row.first] = True, False
+                row.first = gap
+        if sources:
+            self.kept[:, :, targets] = self.kept[:, :, sources]
+
+
+def _ends(row):
+    """Where a row's slots begin and end."""
+    return row.first or 0, (row.first or 0) + row.width

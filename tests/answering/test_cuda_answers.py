@@ -1,0 +1,139 @@
+"""Answers on CUDA: the captured steps, the plain one, and transformers' own.     python -m pytest tests/answering/test_cuda_answers.py"""
+
+import random
+from collections import deque
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from alpaca.answering import engine
+from alpaca.answering.engine import Engine
+from alpaca.answering.graphs import CapturedStepper
+from alpaca.answering.row import Row
+from alpaca.answering.step import Part, Stepper
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SHAPE = {
+    "vocab_size": 500,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {}),
+    "grouped": (LlamaForCausalLM, LlamaConfig, {"num_key_value_heads": 2}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 2}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"num_key_value_heads": 2, "head_dim": 64}),
+}
+
+
+class Tokenizer:
+    token_bytes = [b"x"] * 500
+
+
+def model_of(kind, dtype):
+    torch.manual_seed(0)
+    model, config, more = KINDS[kind]
+    return model(config(**SHAPE, **more)).to("cuda", dtype).eval()
+
+
+def make_prompts(count=40):
+    draw = random.Random(0)
+    shared = [1, *(draw.randrange(3, 500) for _ in range(50))]
+    # the borders of what is read at a time, and of what one slot holds
+    lengths = [1, 2, 127, 128, 129, 255, 256, 257, 300, *(draw.randrange(1, 60) for _ in range(count - 9))]
+    return [shared + [draw.randrange(3, 500) for _ in range(length)] for length in lengths]
+
+
+def engine_of(model, prompts, monkeypatch, capture, at_once=32):
+    monkeypatch.setattr(engine, "CAPTURE_ROWS", 1 if capture else 10**9)
+    monkeypatch.setattr(engine, "COMPILE_ROWS", 1)
+    rows = [Row(i, prompt, len(prompt) + 40) for i, prompt in enumerate(prompts)]
+    made = Engine(model, Tokenizer, rows, at_once)
+    assert isinstance(made.step, CapturedStepper) == capture
+    return made, rows
+
+
+@torch.inference_mode()
+def logits_of(made, rows, order, most=128, beside=5):
+    """The logits behind each prompt, read `most` tokens at a time, `beside` rows in a step."""
+    found, todo = {}, [rows[i] for i in order]
+    for row in todo:
+        assert made.slots.give(row, len(row.ids) - made.shared)
+        row.read = made.shared
+    while todo:
+        parts = [Part(row, min(most, len(row.ids) - row.read)) for row in todo[:beside]]
+        logits, complete = made.step(sorted(parts, key=lambda part: part.row.first)).clone(), 0
+        for row, count in sorted(parts, key=lambda part: part.row.first):
+            row.read += count
+            if row.read == len(row.ids):
+                found[row.number] = logits[complete]
+                complete += 1
+                todo.remove(row)
+    for i in order:
+        made.slots.release(rows[i])
+    return torch.stack([found[i] for i in sorted(order)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_step_is_the_models_forward(monkeypatch, kind, capture):
+    model, prompts = model_of(kind, torch.bfloat16), make_prompts()
+    made, rows = engine_of(model, prompts, monkeypatch, capture)
+    some = range(20)
+    exact = model_of(kind, torch.float32)
+    with torch.inference_mode():
+        right = torch.stack([exact(torch.tensor([prompts[i]], device="cuda")).logits[0, -1] for i in some])
+        theirs = torch.stack([model(torch.tensor([prompts[i]], device="cuda")).logits[0, -1].float() for i in some])
+    error = lambda logits: (logits - right).norm() / right.norm()  # noqa: E731
+    assert error(logits_of(made, rows, some)) < 1.5 * error(theirs) < 0.1
+    assert error(logits_of(made, rows, some, most=23)) < 1.5 * error(theirs)
+
+
+def test_neighbours_slots_and_order_change_no_bit(monkeypatch):
+    made, rows = engine_of(model_of("llama", torch.bfloat16), make_prompts(), monkeypatch, capture=True)
+    monkeypatch.setattr(CapturedStepper, "size_around", lambda self, total: (0, self.sizes[-1]))  # one captured size
+    first = logits_of(made, rows, range(9, 24), beside=2)
+    assert torch.equal(logits_of(made, rows, range(23, 8, -1), beside=2), first)
+    assert torch.equal(logits_of(made, rows, range(9, 24), beside=5), first)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_float32_and_a_failing_capture_use_the_plain_step(monkeypatch, capsys, capture):
+    def fails(*args):
+        raise RuntimeError("no graphs here")
+
+    prompts = make_prompts(12)
+    monkeypatch.setattr(engine, "CAPTURE_ROWS", 1)
+    monkeypatch.setattr(engine, "CapturedStepper", fails)
+    model = model_of("grouped", torch.bfloat16 if capture else torch.float32)
+    rows = [Row(i, prompt, len(prompt) + 20) for i, prompt in enumerate(prompts)]
+    made = Engine(model, Tokenizer, rows, 5)
+    assert type(made.step) is Stepper and made.slots.by_heads != capture
+    assert ("no graphs here" in capsys.readouterr().err) == capture
+    waiting, ended = deque(rows), []
+    while len(ended) < len(rows):
+        ended += made.advance(waiting)
+    if not capture:
+        for row in rows:
+            ids = torch.tensor([row.prompt], device="cuda")
+            theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
+            assert [token for token in theirs[0].tolist() if token != 2] == row.ids
+
+
+def test_answers_hardly_depend_on_the_captured_size(monkeypatch):
+    """In float32 alone they would not; here the products of another size round differently."""
+    prompts, answers = make_prompts(), []
+    model = model_of("llama", torch.bfloat16)
+    for at_once, capture in ((32, True), (5, True), (32, False)):
+        made, rows = engine_of(model, prompts, monkeypatch, capture, at_once)
+        waiting, ended = deque(rows), []
+        while len(ended) < len(rows):
+            ended += made.advance(waiting)
+        answers.append([row.ids[len(row.prompt)] for row in rows])
+    for other in answers[1:]:
+        same = sum(a == b for a, b in zip(answers[0], other, strict=True))
+        assert same >= 0.9 * len(prompts)
