@@ -32,7 +32,7 @@ import torch
 from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
 from alpaca.models.adapter_files import read_adapter, weights_file
-from alpaca.models.base_files import EMBEDDING, HEAD, dims, is_finite, read_base
+from alpaca.models.base_files import EMBEDDING, HEAD, UNUSED_ROWS, dims, is_finite, read_base
 from alpaca.models.facts import TRAIN_ARGS, read_facts
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
@@ -91,7 +91,7 @@ def check_chain(base_folder, base, adapters):
         )
     pieces = load_tokenizer(tokenizer).sp_model.get_piece_size()
     rows = shapes[EMBEDDING][0]
-    if pieces > rows:
+    if not pieces <= rows < pieces + UNUSED_ROWS:
         raise UserError(
             f"{tokenizer}/tokenizer.model has {pieces} pieces, but {base_folder} has embeddings for {rows}; put the "
             f"tokenizer.model of {base_folder} there" + explain_sizes(pieces, rows)

@@ -118,7 +118,7 @@ def test_deepspeed_file_with_bom_and_crlf(tmp_path):
     text = (ROOT / "deepspeed.json").read_text(encoding="utf-8").replace("\n", "\r\n")
     (tmp_path / "ds.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
     args = parse_config(CONFIGS["train_trainer"], "train_trainer.py", [f"--deepspeed_json_path={tmp_path}/ds.json"])
-    assert args.deepspeed_optimizer_params_lr == 1e-4
+    assert args.deepspeed_optimizer_params_lr == "auto" and args.deepspeed_optimizer_params_weight_decay == 5e-4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,8 @@ def test_fuzz_instruct_data_is_read_or_refused(tmp_path_factory, lines):
     path.write_bytes(b"\n".join([json.dumps(good).encode(), *lines]))
     with contextlib.suppress(UserError):
         assert read_examples(path)
-    assert read_examples(path, malformed=[])[0]["query"] == "b"
+    if not any(b"\0" in line for line in lines):  # with one it is no text at all, and refused whole
+        assert read_examples(path, malformed=[])[0]["query"] == "b"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_of_folders
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
-from alpaca.models.base_files import EMBEDDING, HEAD, dims
+from alpaca.models.base_files import EMBEDDING, HEAD, UNUSED_ROWS, dims
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
 
@@ -34,19 +34,36 @@ def check_model_dir(model_dir):
         raise UserError(f"{path}: not valid JSON ({error}); {how_to_get(model_dir)}") from None
 
 
+def check_vocabulary(tokenizer, tokenizer_dir, rows, base):
+    """UserError where a tokenizer's pieces and a base's `rows` of embeddings are not of one vocabulary."""
+    pieces = tokenizer.vocab_size
+    if not pieces <= rows < pieces + UNUSED_ROWS:
+        raise UserError(
+            f"{tokenizer_dir}/tokenizer.model has {pieces} pieces, {base} {rows} embeddings; use the tokenizer.model that "
+            "belongs to it"
+        )
+
+
 def load_base(model_dir, dtype, device):
-    """The causal LM of a local folder in `dtype` on `device`, frozen."""
-    check_model_dir(model_dir)
+    """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one that lacks tensors."""
+    config = check_model_dir(model_dir)
+    if config.get("quantization_config") or (Path(model_dir) / "quantize_config.json").is_file():
+        raise UserError(f"{model_dir}: its weights are quantized, which is not supported; take the model that is not")
     transformers_logging.set_tqdm_hook(lambda _, args, options: progress(*args, **{**options, "desc": "加载模型"}))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False
+        model, found = AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
     finally:
         transformers_logging.set_tqdm_hook(None)
+    missing = sorted(found["missing_keys"])  # transformers would draw them at random
+    if missing:
+        raise UserError(
+            f"{model_dir}: {len(missing)} tensors are missing, {missing[0]} among them; {how_to_get(model_dir)}"
+        )
     return model.to(device).requires_grad_(False)
 
 
@@ -72,11 +89,7 @@ def load_for_inference(
     config = check_model_dir(base)
     tokenizer_dir = tokenizer_path or base
     tokenizer = load_tokenizer(tokenizer_dir)
-    if tokenizer.vocab_size > config["vocab_size"]:
-        raise UserError(
-            f"{tokenizer_dir}/tokenizer.model has {tokenizer.vocab_size} pieces, {base} only {config['vocab_size']} "
-            "embeddings; use the tokenizer.model that belongs to it"
-        )
+    check_vocabulary(tokenizer, tokenizer_dir, config["vocab_size"], base)
     if adapter:
         check_fit(adapter, train_args, facts, base, tokenizer_dir)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,6 +13,8 @@ from alpaca.models.tokenizer import how_to_get
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+# Rows of embeddings without a piece: a vocabulary is padded to a multiple of 64 or 128, or has a few added tokens.
+UNUSED_ROWS = 128
 
 
 def read_json(path, remedy):

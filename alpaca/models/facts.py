@@ -5,7 +5,7 @@ from config_utils import load_config
 from dataset import INSTRUCT
 
 TRAIN_ARGS = "train_args.json"
-NUMBERED = "a whole number above 0"
+NUMBERED = "a whole number, 0 or more"
 # key -> (what it must be, whether a value is that); the training's facts first, then its settings
 FACTS = {
     "prompt_sha256": ("a string", lambda value: isinstance(value, str)),
@@ -13,7 +13,10 @@ FACTS = {
     "instructs": ("a list of instructions", lambda value: bool(value) and _all_text(value)),
     "labels": ("a list of entity types, or null", lambda value: value is None or _all_text(value)),
     "query_prefix": ("a string", lambda value: isinstance(value, str)),
-    "text_tokens": (NUMBERED, lambda value: type(value) is int and value > 0),
+    "text_tokens": (
+        NUMBERED,
+        lambda value: type(value) is int and value >= 0,
+    ),  # 0: every text is empty, the question stands in the instruction
 }
 OPTIONAL = ("labels", "query_prefix", "text_tokens")  # adapters of earlier versions have none
 SETTINGS = {

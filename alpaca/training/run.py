@@ -14,7 +14,7 @@ from alpaca.common.console import end_bars, say
 from alpaca.common.devices import DTYPES, check_launcher, describe_device, init_distributed, resolve_precision
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
-from alpaca.models.base import check_model_dir, load_base
+from alpaca.models.base import check_model_dir, check_vocabulary, load_base
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data
@@ -61,6 +61,8 @@ class Run:
         check_save_dir(self.save_dir, self.resume_from)
         self.written = written = read_identity(self.resume_from) if self.resume_from else {}
         self.tokenizer = load_tokenizer(args.model_dir)
+        rows = check_model_dir(args.model_dir)["vocab_size"]
+        check_vocabulary(self.tokenizer, args.model_dir, rows, args.model_dir)
         (train_records, self.train_set), (self.dev_records, self.dev_set) = load_audited_data(
             self.train_path, dev_path, self.tokenizer, args
         )

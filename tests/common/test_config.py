@@ -447,7 +447,7 @@ def test_deepspeed_option_refused(argv, parts, train, fails):
         ({"bf16": {"enabled": False}}, ["--precision=bf16"], ["bf16.enabled", "false", "--precision is bf16"]),
         ({"bf16": {"enabled": "yes"}}, [], ["bf16", "yes"]),
         ({"gradient_clipping": "auto"}, [], ["gradient_clipping", "--deepspeed_gradient_clipping"]),
-        ({"optimizer": {"type": "Adam", "params": {"lr": "auto"}}}, [], ["optimizer.params.lr"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": "best"}}}, [], ["optimizer.params.lr"]),
         ({"optimizer": {"type": "Adam", "params": {}}}, [], ["optimizer.params.lr", "learning rate"]),
         ({"gradient": {"clipping": 1}}, [], ["'deepspeed.gradient_clipping'", "'deepspeed.gradient.clipping'"]),
         ({"json_path": "x"}, [], ["'json_path'", "'deepspeed_json_path'"]),

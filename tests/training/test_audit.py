@@ -131,8 +131,10 @@ def test_malformed_lines_are_all_counted_and_three_are_shown(tmp_path, base_dir)
 
 @pytest.mark.parametrize("trainer", ["train_deepspeed.py", "train_trainer.py"])
 def test_trainers_audit_before_any_weight_loads(tmp_path, base_dir, trainer):
-    """The model has no weights, and it is the data that is complained of."""
-    shutil.copytree(base_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    """The model cannot be loaded, though its tensors have names, and it is the data that is complained of."""
+    shutil.copytree(base_dir, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "hidden_size": 31}), encoding="utf-8")
     write_jsonl(tmp_path / "train.txt", [*CLEAN, record("上海。", "长沙_地名")])
     (tmp_path / "dev.txt").write_text("{}\n[]\n", encoding="utf-8")
     options = ["--model_dir=model", "--train_path=train.txt", "--dev_path=dev.txt", "--save_dir=run"]

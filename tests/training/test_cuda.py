@@ -18,6 +18,12 @@ from harness import lora_settings
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Each test compiles the same layers for other models; torch counts that as recompilation, and gives up at its limit."""
+    torch._dynamo.reset()
+
+
 def examples(count, seed):
     """Two instructions, prompts of many lengths, some of them equal."""
     draw = random.Random(seed)

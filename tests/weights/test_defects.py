@@ -393,7 +393,7 @@ def test_adapters_that_do_not_fit_are_refused_unmerged(tmp_path):
         ("instructs", None, '"instructs" must be a list of instructions, got None'),
         ("labels", "人名", "\"labels\" must be a list of entity types, or null, got '人名'"),
         ("tokenizer_sha256", 5, '"tokenizer_sha256" must be a string, got 5'),
-        ("text_tokens", "many", '"text_tokens" must be a whole number above 0'),
+        ("text_tokens", "many", '"text_tokens" must be a whole number, 0 or more'),
         ("max_seq_length", "512", '"config" has no max_seq_length of type int'),
         ("model_dir", None, '"config" has no model_dir of type str'),
     ],
