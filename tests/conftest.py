@@ -2,12 +2,16 @@
 
 import io
 import shutil
+import signal
 
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from harness import lora_settings, make_records, run_script, training_options, write_jsonl
+
+# Under nohup SIGHUP is ignored, which the commands respect; what is tested is what they do without it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Two adapters are trained, the README's blocks are run, a browser is opened, the embedded model is converted and merged.
 SLOW_FIXTURES = {"workspace", "copy", "browser", "embedded"}
