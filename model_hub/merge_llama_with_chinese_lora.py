@@ -242,6 +242,9 @@ def main(args):
         f"已写入 {args.output_dir}：{args.output_type}，{size:,} 字节，词表 {config['vocab_size']}，"
         f"合并了 {len(adapters)} 个 LoRA，{seconds:.1f} 秒"
     )
+    for folder in inputs:
+        if (folder / "added_tokens.json").is_file():
+            print(f"注意: {folder}/added_tokens.json 里的词，嵌入还在，但写出的 tokenizer.model 里没有，会被切成别的词")
 
 
 if __name__ == "__main__":

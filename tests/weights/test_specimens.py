@@ -129,10 +129,12 @@ BASES = [
 
 
 @pytest.mark.parametrize(("make", "shape", "vocabulary"), BASES, ids=[base[0].__name__ for base in BASES])
-def test_a_lora_is_merged_onto_hugging_faces_folders(tmp_path, make, shape, vocabulary):
+def test_a_lora_is_merged_onto_hugging_faces_folders(tmp_path, make, shape, vocabulary, capsys):
     base, added = make(tmp_path / "base"), lora.alpaca_lora(tmp_path / "lora", shape)
     folder = merge_onto(base.folder, [added], tmp_path / "out")
     assert_holds(folder, merged(base.weights, added), vocabulary)
+    lost = (base.folder / "added_tokens.json").is_file()  # such tokens are not in tokenizer.model, and it is said
+    assert (f"注意: {base.folder}/added_tokens.json" in capsys.readouterr().out) == lost
 
 
 @pytest.mark.parametrize("make", [base[0] for base in BASES], ids=[base[0].__name__ for base in BASES])
