@@ -41,9 +41,10 @@ def _deal(group, sizes, hands):
 
 
 def added_tokens(examples, together):
-    """How many tokens each example adds to a prefix row in which `together` examples stand, drawn at random.
+    """Estimate how many tokens each example adds to a prefix row of `together` examples that are drawn at random.
 
-    Its own are those behind what it shares with one of every `together` examples: that far apart in sorted order.
+    Sorted by prompt, the nearest other example of such a row is about len(examples) / together places away. What an
+    example has in common with that one is in the row already; the rest of its prompt, and its answer, it adds.
     """
     order = sorted(range(len(examples)), key=lambda i: examples[i].prompt_ids)
     prompts, apart = [examples[i].prompt_ids for i in order], max(1, len(examples) // together)

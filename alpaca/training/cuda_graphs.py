@@ -22,21 +22,23 @@ def choose_lengths(lengths, count=ROW_LENGTHS):
 
     A last one, an eighth longer than the longest seen, takes what later epochs may bring.
     """
-    seen = sorted(-(-n // ROW_MULTIPLE) for n in lengths)  # in blocks
-    sizes = sorted(set(seen))
-    cost = {(0, -1): (0, ())}  # (lengths used, index of the largest) -> (padded blocks in all, lengths)
-    for used in range(1, min(count - 1, len(sizes)) + 1):
-        for j in range(used - 1, len(sizes)):
-            best = min(
-                (
-                    total + sizes[j] * (bisect_right(seen, sizes[j]) - (bisect_right(seen, sizes[i]) if i >= 0 else 0)),
-                    chosen,
-                )
-                for (u, i), (total, chosen) in cost.items()
-                if u == used - 1 and i < j
-            )
-            cost[used, j] = (best[0], (*best[1], sizes[j]))
-    _, chosen = min(value for (_, j), value in cost.items() if j == len(sizes) - 1)
+    blocks = sorted(-(-n // ROW_MULTIPLE) for n in lengths)
+    sizes = sorted(set(blocks))
+    rows_up_to = [0, *(bisect_right(blocks, size) for size in sizes)]  # [j]: rows that the first j sizes are enough for
+    best, complete = {0: (0, ())}, []  # j -> (blocks after padding, sizes chosen) where the largest chosen is the j-th
+    for _ in range(min(count - 1, len(sizes))):  # one more size is chosen each time
+        further = {}
+        for j, size in enumerate(sizes, 1):
+            ways = [
+                (padded + size * (rows_up_to[j] - rows_up_to[i]), (*chosen, size))
+                for i, (padded, chosen) in best.items()
+                if i < j
+            ]
+            if ways:
+                further[j] = min(ways)
+        best = further
+        complete += [best[len(sizes)]] if len(sizes) in best else []
+    _, chosen = min(complete)
     return [n * ROW_MULTIPLE for n in (*chosen, -(-chosen[-1] * 9 // 8))]
 
 
