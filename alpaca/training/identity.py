@@ -34,7 +34,7 @@ TENSOR_BYTES, PARTS = 64 * 1024, 16  # how much of a tensor is read, in how many
 
 
 def identity_of(args, precision, train_path, loader, total_steps):
-    """{fact: value} as JSON holds it, of the options outside MAY_CHANGE and of what the run reads. Takes a second for 7B."""
+    """{fact: value} as JSON holds it, of the options outside MAY_CHANGE and of what the run reads."""
     names = [*flatten(args.nested)]
     names += [name for name in flatten(args.deepspeed, ("deepspeed",)) if name.startswith(DEEPSPEED_DECIDES)]
     batch_size, accumulation, ranks = loader.shape
