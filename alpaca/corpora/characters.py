@@ -1,11 +1,15 @@
 """JSON with a list of characters (or words) and a list of tags: {"text": ["梁", "来"], "labels": ["B-PER", "O"]}.
 
-The keys of either list vary (TOKENS, TAGS); the text may also be a string with a tag for each character.
+The keys of either list vary (TOKENS, TAGS); the text may also be a string with a tag for each character. W2NER's files
+name the places of an entity's tokens instead, so that entities may nest:
+
+{"sentence": ["梁", "来"], "ner": [{"index": [0], "type": "PER"}]}
 """
 
 from alpaca.common.errors import UserError
-from alpaca.corpora.records import read_sentences
-from alpaca.corpora.tagged_columns import TAG, join_tokens
+from alpaca.corpora.records import checked_mark, read_sentences
+from alpaca.corpora.sentences import Sentence
+from alpaca.corpora.tagged_columns import TAG, join_tokens, needs_blank
 
 TOKENS = ("tokens", "text", "words", "chars", "sentence")
 TAGS = ("ner_tags", "labels", "tags", "label")
@@ -20,8 +24,15 @@ def _lists(record):
     return None if tokens is None or tags is None else (tokens, tags)
 
 
+def _has_places(record):
+    ner, tokens = record.get("ner"), record.get("sentence")
+    return isinstance(tokens, list) and isinstance(ner, list) and all(isinstance(e, dict) and "index" in e for e in ner)
+
+
 def is_characters(head):
     """Whether tokens and tags are lists; a list of spans beside a string is another format."""
+    if any(isinstance(record, dict) and _has_places(record) for record in head.records):
+        return True
     found = [_lists(record) for record in head.records if isinstance(record, dict)]
     return any(lists and all(isinstance(tag, str | int) for tag in lists[1]) for lists in found)
 
@@ -32,6 +43,8 @@ def read_characters(path, problems):
 
 
 def _sentence(path, line, record, problems):
+    if _has_places(record):
+        return _sentence_of_places(path, line, record, problems)
     lists = _lists(record)
     if lists is None:
         raise UserError(f"{path}:{line}: expected a list of characters and a list of tags, such as tokens and ner_tags")
@@ -49,3 +62,25 @@ def _sentence(path, line, record, problems):
         problems.add("empty", path, line, "''")
         return None
     return join_tokens([(line, token, tag) for token, tag in zip(tokens, tags, strict=True)], path, problems)
+
+
+def _sentence_of_places(path, line, record, problems):
+    tokens, text, starts, marks = record["sentence"], "", [], []
+    for before, token in zip(["", *tokens], tokens, strict=False):
+        if not isinstance(token, str):
+            raise UserError(f"{path}:{line}: the tokens must be strings, got {token!r}")
+        if needs_blank(before, token):
+            text += " "
+            problems["blank"] += 1
+        starts.append(len(text))
+        text += token
+    for entity in record["ner"]:
+        places = entity["index"]
+        if places != list(range(places[0], places[0] + len(places))):
+            problems.add("discontinuous", path, line, f"{entity.get('type')} {places}")
+            continue
+        if not 0 <= places[0] <= places[-1] < len(tokens):
+            raise UserError(f"{path}:{line}: there is no token {places[-1]}, the sentence has {len(tokens)}")
+        end = starts[places[-1]] + len(tokens[places[-1]])
+        marks.append(checked_mark(path, line, text, starts[places[0]], end, entity["type"]))
+    return Sentence(line, text, marks)

@@ -28,7 +28,10 @@ def read_json_sentences(path, ends="exclusive"):
                     f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
                     "look at it with --audit_only"
                 ) from None
-            raise UserError(f"{path}:{number}: no key {error}; process.py --help shows the format") from None
+            raise UserError(
+                f"{path}:{number}: no key {error} (there are {', '.join(map(repr, record)) or 'none'}); "
+                "process.py --help shows the format"
+            ) from None
         except (TypeError, AttributeError, ValueError):
             raise UserError(f"{path}:{number}: wrong nesting; process.py --help shows the format") from None
         strings = [text, *(part for pair in names for part in pair)]

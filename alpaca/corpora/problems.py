@@ -16,6 +16,7 @@ REMARKS = {
     "left_out": "不要的类型的实体（--labels=标签:）",
     "heading": "注释和 -DOCSTART- 行（已跳过）",
     "columns": "多于两列（第一列是字，最后一列是标签，其余不用）",
+    "numbered": "字后面的词内序号（已去掉）",
     "discontinuous": "不连续的实体（已从答案去掉）",
     "region": "没有标签或不是文本区间的标注（不读）",
     "relation": "关系和事件（不读）",

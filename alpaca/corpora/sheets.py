@@ -57,26 +57,31 @@ def check_header(where, header):
 
 
 def read_workbook(path, columns):
-    """Yield (row number, {column: value}) of the first sheet of an .xlsx file whose header has one of `columns`.
+    """Yield (row number, {column: value}) of the sheet of an .xlsx file whose header has one of `columns`.
 
     A value is a str, an int, a float or a bool, as the cell is; None: an empty cell. Rows without any value are left out.
+    UserError where no sheet has such a header, or more than one.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             shared = shared_strings(archive)
-            headers = {}
+            headers, fitting = {}, []
             for name, part in sheets_of(archive):
                 rows = sheet_rows(archive, part, shared)
                 _, header = next(rows, (0, {}))
                 headers[name] = [str(value).strip() for value in header.values() if value is not None]
                 if set(headers[name]) & set(columns):
-                    break
-            else:
+                    fitting.append((name, header, rows))
+            if len(fitting) > 1:
+                names = ", ".join(repr(name) for name, _, _ in fitting)
+                raise UserError(f"{path}: more than one sheet holds texts ({names}); keep one, or save each as CSV")
+            if not fitting:
                 found = "; ".join(f"{name}: {', '.join(header) or 'empty'}" for name, header in headers.items())
                 raise UserError(
                     f"{path}: no sheet has a column {' or '.join(map(repr, columns))} in its first row ({found}); "
                     "name the column of the texts so"
                 )
+            name, header, rows = fitting[0]
             check_header(f"{path}, sheet {name}", headers[name])
             titles = {column: str(value).strip() for column, value in header.items() if value is not None}
             for number, cells in rows:

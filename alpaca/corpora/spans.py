@@ -1,13 +1,15 @@
-"""Prodigy's and spaCy's JSON, ends exclusive.
+"""Prodigy's, spaCy's and yidu-s4k's JSON, ends exclusive.
 
 {"text": "…", "spans": [{"start": 4, "end": 7, "label": "PER"}], "answer": "accept"}      Prodigy; spaCy: `ents`
 ["…", {"entities": [[4, 7, "PER"]]}]                                                       spaCy's training data
+{"originalText": "…", "entities": [{"start_pos": 4, "end_pos": 7, "label_type": "PER"}]}     yidu-s4k (CCKS 2019)
 """
 
 from alpaca.corpora.records import checked_mark, checked_text, marked_spans, read_sentences
 from alpaca.corpora.sentences import Sentence
 
 KEYS = ("spans", "ents", "entities")
+ENDS = (("start", "end"), ("start_pos", "end_pos"))
 
 
 def is_spans(head):
@@ -22,7 +24,7 @@ def _is_record(record):
     if "text" in record and isinstance(record.get("spans"), list):
         return True
     spans = [span for key in KEYS if isinstance(record.get(key), list) for span in record[key]]
-    return any(isinstance(span, dict) and {"start", "end"} <= span.keys() for span in spans)
+    return any(isinstance(span, dict) and any(span.keys() >= set(ends) for ends in ENDS) for span in spans)
 
 
 def read_spans(path, problems):
@@ -41,7 +43,7 @@ def read_spans(path, problems):
             problems.add("annotators", path, line, f"_annotator_id {record.get('_annotator_id')!r}")
             return None
         seen.add(example)
-        text = checked_text(path, line, record["text"])
+        text = checked_text(path, line, record["originalText" if "originalText" in record else "text"])
         spans = marked_spans(path, line, record, KEYS)
         problems["relation"] += len(record.get("relations") or ())
         problems["choice"] += len(record.get("accept") or ())
@@ -51,6 +53,7 @@ def read_spans(path, problems):
 
 
 def _mark(path, line, text, span):
-    tag = next((span[key] for key in ("label", "type", "entity_type") if key in span), None)
+    tag = next((span[key] for key in ("label", "type", "entity_type", "label_type") if key in span), None)
     stated = next((span[key] for key in ("text", "entity", "word") if key in span), None)
-    return checked_mark(path, line, text, span["start"], span["end"], tag, stated)
+    begin, end = next((ends for ends in ENDS if ends[0] in span), ENDS[0])
+    return checked_mark(path, line, text, span[begin], span[end], tag, stated)

@@ -2,10 +2,12 @@
 
 The token is the first column and the tag the last; CoNLL files have others between (part of speech, chunk). Blanks and
 tabs part the columns, as many as there are. CoNLL-2003: https://www.clips.uantwerpen.be/conll2003/ner/
+
+The Weibo corpus numbers the characters of each word (科0 技1 全0): the numbers are no text, and are taken off.
 """
 
 import re
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from alpaca.common.errors import UserError
@@ -15,6 +17,7 @@ from alpaca.corpora.sentences import Mark, Sentence
 TAG = re.compile(r"O|([BIMESLU])[-_](.+)")  # BIO, BMES(O), BIOES, BILOU
 LATIN = re.compile("[A-Za-z0-9]")
 DOCUMENT = "-DOCSTART-"  # CoNLL's token where a document begins
+FEWEST, MOST, SHARE = 5, 100, 0.8  # so many first tokens, and such a part of them, say whether characters are numbered
 
 
 class Columns(NamedTuple):
@@ -60,9 +63,50 @@ def is_heading(line):
     return line.startswith(DOCUMENT) or (line.startswith("#") and not split_columns(line))
 
 
+def without_number(token, before):
+    """A token of a file that numbers the characters of words -> (character, its number in its word); None without one.
+
+    before: the number of the token before, -1 at the start of a sentence. A digit may be numbered too: 20 is 2 and 0.
+    """
+    for number in (before + 1, 0):
+        if token.endswith(str(number)) and token != str(number):
+            return token.removesuffix(str(number)), number
+    digits = re.fullmatch(r"(\D+)([0-9]+)", token)  # a character of the word before it is missing
+    return digits and (digits[1], int(digits[2]))
+
+
+def first_tokens(path):
+    """The first MOST tokens of a corpus in columns."""
+    columns = (split_columns(line) for _, line in read_lines(path) if line.strip() and not is_heading(line))
+    return [found.token for found in islice(columns, MOST) if found]
+
+
+def are_counted(tokens):
+    """Whether the tokens are their own numbers in their sentences, as in CoNLL-U: the characters are in the next column."""
+    numbers = [int(token) if token.isdecimal() else -2 for token in tokens]
+    return len(tokens) > 1 and all(n in (0, 1, before + 1) for before, n in zip([0, *numbers], numbers, strict=False))
+
+
+def numbers_characters(tokens):
+    """Whether the first tokens of a corpus end in their number in a word, and are Chinese; a few may be spoilt."""
+    before, fitting = -1, 0
+    for token in tokens:
+        found = without_number(token, before) or ("", -1)
+        fitting += found[1] in (0, before + 1) and found[0] != ""
+        before = found[1]
+    return len(tokens) >= FEWEST and fitting >= SHARE * len(tokens) and not "".join(tokens).isascii()
+
+
 def read_tagged_sentences(path, problems):
     """Yield each Sentence of a corpus in columns; UserError for a line with a tag missing or with more or fewer columns."""
-    rows, count = [], None
+    rows, count, before = [], None, -1
+    tokens = first_tokens(path)
+    if are_counted(tokens):
+        raise UserError(
+            f"{path}: the first column numbers the tokens, it must hold them; leave it out: "
+            f"sed -E 's/^[0-9]+[ \\t]+//' {path} > new.txt"
+        )
+    numbered = numbers_characters(tokens)
     for number, line in read_lines(path):
         columns = split_columns(line)
         if is_heading(line) or (line.startswith("#") and count and columns.count != count):
@@ -72,7 +116,7 @@ def read_tagged_sentences(path, problems):
         if line.startswith(DOCUMENT) or not line.strip():
             if rows:
                 yield join_tokens(rows, path, problems)
-            rows = []
+            rows, before = [], -1
             continue
         if not columns:
             raise UserError(
@@ -85,9 +129,23 @@ def read_tagged_sentences(path, problems):
             raise UserError(
                 f"{path}:{number}: {columns.count} columns, but the lines before have {count}: {line!r}; correct the line"
             )
-        rows.append((number, columns.token, columns.tag))
+        token = columns.token
+        if numbered:
+            found = without_number(token, before)
+            if not found:
+                raise UserError(
+                    f"{path}:{number}: the tokens before end in their number in a word, {token!r} does not; correct the line"
+                )
+            problems["numbered"] += 1
+            token, before = found
+        rows.append((number, token, columns.tag))
     if rows:
         yield join_tokens(rows, path, problems)
+
+
+def needs_blank(before, token):
+    """Whether two tokens are Latin words, which a blank has parted; two single letters are characters of one word."""
+    return bool(LATIN.match(before[-1:]) and LATIN.match(token)) and len(before + token) > 2
 
 
 def join_tokens(rows, path, problems):
@@ -95,7 +153,7 @@ def join_tokens(rows, path, problems):
     spaced = []
     for number, token, tag in rows:
         before = spaced[-1][1] if spaced else ""
-        if LATIN.match(before[-1:]) and LATIN.match(token) and len(before + token) > 2:  # not two single letters
+        if needs_blank(before, token):
             spaced.append((number, " ", f"I-{tag[2:]}" if tag[0] in "IMEL" else "O"))
             problems["blank"] += 1
         spaced.append((number, token, tag))

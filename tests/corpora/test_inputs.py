@@ -72,7 +72,7 @@ def write_workbook(path, *sheets, strings=""):
 
 
 def test_excel(tmp_path):
-    """The first sheet with a column `text`; rich text, a phonetic guide, numbers, gaps, an escaped carriage return."""
+    """The sheet with a column `text`; rich text, a phonetic guide, numbers, gaps, an escaped carriage return."""
     strings = (
         "<si><t>id</t></si><si><t>text</t></si>"
         '<si><r><t>程立群</t></r><r><t>到了苏州。</t></r><rPh sb="0" eb="1"><t>cheng</t></rPh></si>'
@@ -84,7 +84,7 @@ def test_excel(tmp_path):
         '<row r="5"><c r="C5" t="inlineStr"><is><t>天_x000D_\nA</t></is></c></row>'
         '<row r="6"><c r="C6"><v>110</v></c></row>'
     )
-    path = write_workbook(tmp_path / "a.xlsx", "", rows, strings=strings)
+    path = write_workbook(tmp_path / "a.xlsx", "", rows, "<row><c r='A1'><v>3</v></c></row>", strings=strings)
     found = [{key: value for key, value in record.items() if value is not None} for record in read_texts(path)]
     assert found == [
         {"id": 7, "text": "程立群到了苏州。"},
@@ -94,6 +94,8 @@ def test_excel(tmp_path):
     ]
     with pytest.raises(UserError, match="a.xlsx: no sheet has a column 'text' or .*表0: empty; 表1: empty"):
         read_texts(write_workbook(tmp_path / "a.xlsx", "", ""))
+    with pytest.raises(UserError, match="a.xlsx: more than one sheet holds texts \\('表0', '表1'\\); keep one"):
+        read_texts(write_workbook(tmp_path / "a.xlsx", rows, rows, strings=strings))
     write_workbook(tmp_path / "a.xlsx", "<row>")
     with pytest.raises(UserError, match="a.xlsx: not a workbook that can be read"):
         read_texts(tmp_path / "a.xlsx")

@@ -230,3 +230,98 @@ def test_an_entity_of_blanks_is_none(convert, capsys):
     (example,) = convert(spans("梁 来", (0, 1, "梁"), (1, 2, " ")))
     assert example["answer"] == "梁_人名"
     assert "只有空白的实体（已从答案去掉） 1" in capsys.readouterr().out
+
+
+NUMBERED = (
+    "科0\tO\n技1\tO\n2"
+    + "0\tO\n梁0\tB-PER.NAM\n小1\tI-PER.NAM\n雨2\tI-PER.NAM\n"
+    + "".join(f"{letter}{n}\tO\n" for n, letter in enumerate("homepage.org"))
+)
+
+
+def test_numbers_of_characters_in_words_are_no_text(convert, capsys):
+    """As in the Weibo corpus: a digit has a number too, a number may have two digits, and one word lacks a character."""
+    (example,) = convert(NUMBERED + "照0\tO\n越2\tO\n", "--labels=PER.NAM:人名,LOC:地名")
+    assert (example["text"], example["answer"]) == ("科技2梁小雨homepage.org照越", "梁小雨_人名")
+    assert "字后面的词内序号（已去掉） 20" in capsys.readouterr().out
+    assert convert("第\tO\n1\tO\n0\tO\n1\tO\n2\tO\n")[0]["text"] == "第1012"
+
+
+def test_a_character_without_the_number_that_all_others_have_is_refused(convert, capsys):
+    error = refused(convert, capsys, NUMBERED + "好\tO\n", "--labels=PER.NAM:人名,LOC:地名")
+    assert "train.txt:19: the tokens before end in their number in a word, '好' does not" in error
+
+
+def test_a_column_of_token_numbers_is_no_text(convert, capsys):
+    error = refused(convert, capsys, "1\t梁\tB-PER\n2\t来\tO\n\n1\t在\tO\n2\t沪\tB-LOC\n")
+    assert "train.txt: the first column numbers the tokens, it must hold them; leave it out: sed -E" in error
+
+
+CHIP = "梁小雨在洛阳|||0    2    PER|||0    1    PER|||4    5    LOC|||\n今天|||\n"
+YIDU = {"originalText": "梁小雨在洛阳", "entities": [{"label_type": "PER", "overlap": 0, "start_pos": 0, "end_pos": 3}]}
+W2NER = [
+    {
+        "sentence": list("梁小雨"),
+        "ner": [{"index": [0, 1, 2], "type": "PER"}, {"index": [1], "type": "PER"}],
+        "word": [],
+    },
+    {"sentence": ["New", "York", "好"], "ner": [{"index": [0, 1], "type": "LOC"}, {"index": [0, 2], "type": "LOC"}]},
+]
+
+
+@pytest.mark.parametrize(
+    "train, form, answers, remark",
+    [
+        (CHIP, "cmeee", ["梁小雨_人名\n梁小_人名\n洛阳_地名", "没有"], ""),
+        ("\ufeff" + json.dumps(YIDU, ensure_ascii=False), "spans", ["梁小雨_人名"], ""),
+        (
+            json.dumps(W2NER, ensure_ascii=False),
+            "characters",
+            ["梁小雨_人名\n小_人名", "New York_地名"],
+            "另外：不连续的实体（已从答案去掉） 1，英文词之间丢失的空格（已补上） 1",
+        ),
+    ],
+)
+def test_how_public_corpora_are_written(convert, capsys, train, form, answers, remark):
+    """CHIP 2020 (CMeEE), yidu-s4k, and the files of W2NER."""
+    assert [example["answer"] for example in convert(train)] == answers
+    out = capsys.readouterr().out
+    assert f"train.txt 是 {form}，" in out and remark in out
+
+
+@pytest.mark.parametrize(
+    "train, part",
+    [
+        ("#FORMAT=WebAnno TSV 3.3\n\n#Text=梁来\n1-1\t0-1\t梁\t_\tPER\n", "neither JSON lines nor 字<tab>标签"),
+        ("梁　B-PER\n来　O\n", "neither JSON lines nor 字<tab>标签, the first line is '梁\\u3000B-PER'"),
+        ("梁\tB-PER\n来\to\n", ":2: expected 字<tab>标签, the tag O or B-"),
+        ("梁\tB-PER\n来\t0\n", ":2: expected 字<tab>标签, the tag O or B-"),
+        (f"{DEV}\n" + '{"text": "断\n' + DEV, ":2: not valid JSON (Unterminated string"),
+        (f"{DEV},\n{DEV}\n", ":1: not valid JSON (Extra data"),
+        (f'{{"data": [{DEV}]}}', ":1: no key 'text' (there are 'data')"),
+        (('\ufeff["' + DEV).encode("utf-16"), "is UTF-16 text"),
+        ("梁小雨来|||0    2    PER|||\n今天|||0 x PER|||\n", ":2: expected text|||begin end type|||"),
+        ('{"sentence": ["梁"], "ner": [{"index": [1], "type": "PER"}]}', ":1: there is no token 1, the sentence has 1"),
+        (
+            "\n".join([spans("A&amp;B公司", (0, 5, "A&B公司"))] * 5),
+            ":1: 'A&B公司' is not at [0, 5) of the text, and so it is with 5 of the 5",
+        ),
+        (
+            "\n".join([spans("\u200b梁雨来", (0, 2, "梁雨"))] * 5),
+            ":1: '梁雨' is not at [0, 2) of the text, and so it is with 5 of the 5",
+        ),
+    ],
+)
+def test_what_else_cannot_be_read_is_refused(convert, capsys, train, part):
+    """Other tools' files: WebAnno, full-width blanks, a lower-case o, broken JSON, offsets of another text."""
+    assert f"train.txt{part}" in refused(convert, capsys, train).replace("train.txt: ", "train.txt")
+
+
+def test_what_other_tools_leave_in_a_file_changes_nothing(convert, capsys):
+    """Blanks behind tags and on empty lines, a first tag I-, names of types with blanks, an entity without characters."""
+    examples = convert("梁\tI-PER \t \n小\tI-PER\t\n来\tO   \n \t \n秦\tE-PER\n")
+    assert [(e["text"], e["answer"]) for e in examples] == [("梁小来", "梁小_人名"), ("秦", "秦_人名")]
+    assert "不合规的标签（已按新实体的开头处理） 2" in capsys.readouterr().out
+    line = spans("梁来", (0, 1, "梁"), (0, 0, "")).replace("PER", "Person Name")
+    assert convert(line, "--labels=Person Name:人名,LOC:地名")[0]["answer"] == "梁_人名"
+    assert "与文本不符的实体（已从答案去掉） 1" in capsys.readouterr().out

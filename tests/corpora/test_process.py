@@ -1,6 +1,7 @@
 """python -m pytest tests/corpora/test_process.py: corpora of a few lines through process.py."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from alpaca.common.console import forgive_encoding
 from alpaca.corpora.tagged_columns import decode_tags
 from alpaca.models.tokenizer import load_tokenizer
 from config_utils import run_script
@@ -354,20 +356,26 @@ def test_bad_input_is_one_line(train, dev, argv, parts, corpus, capsys):
 
 @pytest.mark.slow
 def test_as_a_program(corpus):
-    corpus([sentence("在北京", (1, 3, "LOC"))], DEV)
-
-    def run(*argv):
-        return subprocess.run(
-            [sys.executable, PROCESS, "--data_name=t", *argv], capture_output=True, encoding="utf-8", check=False
-        )
-
-    done = run()
+    """With an output that cannot show Chinese: it is escaped, and nothing is lost."""
+    corpus([sentence("在北京𠮷", (1, 3, "LOC"))], DEV)
+    done = subprocess.run(
+        [sys.executable, PROCESS, "--data_name=t"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        encoding="ascii",
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    assert answers(read("train")) == ["北京_地名"]
-    assert "句子 1，无实体句 0，实体 1（人名 0，地名 1，机构名 0）" in done.stdout
-    done = run("--dev_sise=3")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: unknown option --dev_sise, did you mean --dev_size?\n"
+    assert answers(read("train")) == ["北京_地名"] and answers(read("dev")) == ["上海_地名"]
+    counts = "句子 1，无实体句 0，实体 1（人名 0，地名 1，机构名 0）"
+    assert counts.encode("ascii", "backslashreplace").decode() in done.stdout
+
+
+def test_an_unknown_option_is_one_line(corpus, capsys):
+    corpus([sentence("甲")], DEV)
+    with pytest.raises(SystemExit, match="2"):
+        process("--dev_sise=3")
+    assert capsys.readouterr() == ("", "error: unknown option --dev_sise, did you mean --dev_size?\n")
 
 
 def test_a_test_file(corpus, capsys):
@@ -410,13 +418,17 @@ def test_all_files_or_none(corpus, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "gbk"])
-def test_an_output_that_cannot_show_chinese_loses_nothing(corpus, encoding):
+def test_an_output_that_cannot_show_chinese_loses_nothing(corpus, monkeypatch, encoding):
     corpus([sentence("在洛阳𠮷", (1, 3, "LOC"))], DEV)
-    env = {**os.environ, "PYTHONIOENCODING": encoding}
-    for argv in (["--data_name=t"], ["--help"]):
-        done = subprocess.run([sys.executable, PROCESS, *argv], capture_output=True, env=env, check=False)
-        assert (done.returncode, done.stderr) == (0, b""), done.stderr
-    assert answers(read("train")) == ["洛阳_地名"] and answers(read("dev")) == ["上海_地名"]
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    forgive_encoding()  # start() does this, which test_as_a_program shows
+    train, dev = process("--labels=LOC:地𠮷名")
+    with pytest.raises(SystemExit, match="0"):
+        process("--help")
+    sys.stdout.flush()
+    out = sys.stdout.buffer.getvalue().decode(encoding)
+    assert answers(train) == ["洛阳_地𠮷名"] and answers(dev) == ["上海_地𠮷名"]
+    assert "\\U00020bb7" in out and "--keep_leaked" in out
 
 
 def test_chinese_punctuation_in_options(corpus):
