@@ -66,13 +66,16 @@ def is_heading(line):
 def without_number(token, before):
     """A token of a file that numbers the characters of words -> (character, its number in its word); None without one.
 
-    before: the number of the token before, -1 at the start of a sentence. A digit may be numbered too: 20 is 2 and 0.
+    before: the number of the token before, -1 at the start of a sentence. A digit may be numbered too: 20 is 2 and 0. A number
+    alone is that of a blank, which parts columns.
     """
     for number in (before + 1, 0):
         if token.endswith(str(number)) and token != str(number):
             return token.removesuffix(str(number)), number
     digits = re.fullmatch(r"(\D+)([0-9]+)", token)  # a character of the word before it is missing
-    return digits and (digits[1], int(digits[2]))
+    if digits:
+        return digits[1], int(digits[2])
+    return (" ", int(token)) if token in (str(before + 1), "0") else None
 
 
 def first_tokens(path):
@@ -92,7 +95,7 @@ def numbers_characters(tokens):
     before, fitting = -1, 0
     for token in tokens:
         found = without_number(token, before) or ("", -1)
-        fitting += found[1] in (0, before + 1) and found[0] != ""
+        fitting += found[1] in (0, before + 1) and found[0].strip() != ""
         before = found[1]
     return len(tokens) >= FEWEST and fitting >= SHARE * len(tokens) and not "".join(tokens).isascii()
 

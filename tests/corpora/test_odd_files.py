@@ -241,9 +241,9 @@ NUMBERED = (
 
 def test_numbers_of_characters_in_words_are_no_text(convert, capsys):
     """As in the Weibo corpus: a digit has a number too, a number may have two digits, and one word lacks a character."""
-    (example,) = convert(NUMBERED + "照0\tO\n越2\tO\n", "--labels=PER.NAM:人名,LOC:地名")
-    assert (example["text"], example["answer"]) == ("科技2梁小雨homepage.org照越", "梁小雨_人名")
-    assert "字后面的词内序号（已去掉） 20" in capsys.readouterr().out
+    (example,) = convert(NUMBERED + "照0\tO\n越2\tO\n 0\tO\n", "--labels=PER.NAM:人名,LOC:地名")
+    assert (example["text"], example["answer"]) == ("科技2梁小雨homepage.org照越 ", "梁小雨_人名")
+    assert "字后面的词内序号（已去掉） 21" in capsys.readouterr().out
     assert convert("第\tO\n1\tO\n0\tO\n1\tO\n2\tO\n")[0]["text"] == "第1012"
 
 
