@@ -3,7 +3,7 @@
     python benchmarks/hub_speed.py                                      # an eighth of the layers: about 7 GB of disk
     python benchmarks/hub_speed.py --scale=1 --work_dir=/disk/hub       # the whole 7B: 45 GB of disk, 16 GB of memory
 
-Makes random weights of LLaMA 7B's shapes in Meta's layout and two LoRAs of Chinese-LLaMA-Plus's and
+Makes random weights of LLaMA-1 7B in Meta's layout (a table of rotary angles in each layer) and two LoRAs of Chinese-LLaMA-Plus's and
 Chinese-Alpaca-Plus's shapes, then runs the two scripts as subprocesses, several times, from a cold and a warm page
 cache, each beside `cp` of the folder that it reads. straightforward is what most scripts do: load the whole model,
 merge with PEFT, save; it runs once, where memory suffices. Each output is deleted before the next way runs.
@@ -14,13 +14,13 @@ Prints a table and writes benchmarks/results/hub_speed-CPU.json: {"scale", "byte
 """
 
 import json
+import mmap
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +33,8 @@ start()
 
 from alpaca.common.errors import UserError
 from alpaca.models.base_files import expected_shapes
-from alpaca.weights.llama_layout import config_of
+from alpaca.weights.llama_layout import config_of, meta_names
 from alpaca.weights.output_folder import write_json
-from alpaca.weights.pth_writer import save_pth
-from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,16 +66,31 @@ def random(shape):
     return torch.empty(shape, dtype=torch.float16).uniform_(-0.03, 0.03)
 
 
+def make_7b(folder, shapes, layers):
+    """consolidated.00.pth as PyTorch writes it, with the names of LLaMA-1 7B, and params.json.
+
+    The file is made without its numbers, which are then drawn into it: they do not fit into memory.
+    """
+    tensors = {meta: torch.empty(shapes[name], dtype=torch.float16) for name, meta in meta_names(layers).items()}
+    for i in range(layers):
+        tensors[f"layers.{i}.attention.inner_attention.rope.freqs"] = torch.empty(64, dtype=torch.float16)
+    with torch.serialization.skip_data():
+        torch.save(tensors, folder / "consolidated.00.pth")
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        tensors = torch.load(folder / "consolidated.00.pth", mmap=True, weights_only=True)
+    for tensor in tensors.values():
+        tensor.uniform_(-0.03, 0.03)
+    write_json(folder / "params.json", {**PARAMS, "multiple_of": 256, "n_layers": layers, "vocab_size": -1})
+
+
 def make_inputs(work, layers):
     """work/7B in Meta's layout, work/llama and work/alpaca."""
     config = config_of({**PARAMS, "n_layers": layers}, 32000, FFN, torch.float16, 2048)
     shapes = expected_shapes(config)
     for name in ("7B", *LORAS):
         (work / name).mkdir(parents=True)
-    make_tokenizer(work / "base.model", 32000)
-    specs = specs_of(shapes, dict.fromkeys(shapes, torch.float16))
-    tensors = compute_ahead(((name, partial(random, shape)) for name, shape in shapes.items()), blame=str)
-    save_pth(work / "7B", config, specs, with_byte_bar(tensors, specs, "random 7B"), work / "base.model", 1)
+    make_7b(work / "7B", shapes, layers)
+    make_tokenizer(work / "7B" / "tokenizer.model", 32000)
     for name, (rows, rank, alpha) in LORAS.items():
         prefix = "base_model.model."
         tensors = {f"{prefix}{module}.weight": random((rows, 4096)) for module in ("model.embed_tokens", "lm_head")}
