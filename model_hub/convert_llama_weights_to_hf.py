@@ -9,7 +9,6 @@ number format of the source. Any size and any number of consolidated files: shap
 through memory a tensor at a time.
 """
 
-import math
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ start()
 
 from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
-from alpaca.models.base_files import expected_shapes, read_json
+from alpaca.models.base_files import expected_shapes, fits_vocabulary, read_config
 from alpaca.models.facts import TRAIN_ARGS
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, print_sum
@@ -54,9 +53,9 @@ def find_tokenizer(input_dir, model_size):
 
 
 def check_pieces(tokenizer, folder, rows):
-    """UserError where the tokenizer has pieces for which the model in `folder` has no embedding."""
+    """UserError where the tokenizer and the `rows` of embeddings of the model in `folder` are not of one vocabulary."""
     pieces = load_tokenizer(tokenizer.parent).sp_model.get_piece_size()
-    if pieces > rows:
+    if not fits_vocabulary(pieces, rows):
         raise UserError(
             f"{tokenizer}: has {pieces} pieces, but {folder} has embeddings for {rows}; use the tokenizer.model that "
             "came with these weights"
@@ -66,8 +65,8 @@ def check_pieces(tokenizer, folder, rows):
 def add_tokenizer(tokenizer, output_dir):
     """What is missing where somebody else has converted the weights."""
     config = output_dir / "config.json"
-    rows = read_json(config, "").get("vocab_size") if config.is_file() else None
-    check_pieces(tokenizer, output_dir, rows if isinstance(rows, int) else math.inf)
+    if config.is_file():
+        check_pieces(tokenizer, output_dir, read_config(output_dir)["vocab_size"])
     save_tokenizer(tokenizer, output_dir)
     print(f"已写入 {output_dir}：tokenizer.model，tokenizer_config.json")
 

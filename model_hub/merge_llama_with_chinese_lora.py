@@ -32,7 +32,8 @@ import torch
 from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
 from alpaca.models.adapter_files import read_adapter, weights_file
-from alpaca.models.base_files import EMBEDDING, HEAD, UNUSED_ROWS, dims, is_finite, read_base
+from alpaca.models.adapters import adapter_or_old
+from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, is_finite, read_base, read_json
 from alpaca.models.facts import TRAIN_ARGS, read_facts
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
@@ -91,7 +92,7 @@ def check_chain(base_folder, base, adapters):
         )
     pieces = load_tokenizer(tokenizer).sp_model.get_piece_size()
     rows = shapes[EMBEDDING][0]
-    if not pieces <= rows < pieces + UNUSED_ROWS:
+    if not fits_vocabulary(pieces, rows):
         raise UserError(
             f"{tokenizer}/tokenizer.model has {pieces} pieces, but {base_folder} has embeddings for {rows}; put the "
             f"tokenizer.model of {base_folder} there" + explain_sizes(pieces, rows)
@@ -106,7 +107,8 @@ def check_new(adapter, embedding, previous):
         if torch.equal(brought.to(embedding.dtype), embedding):
             raise UserError(
                 f"{adapter.folder}: is in {previous} already, which has exactly its embeddings; leave it out, or name the "
-                "base as it was before"
+                'base as it was before; if it was never merged, take embed_tokens and lm_head out of "modules_to_save" in '
+                "its adapter_config.json"
             )
 
 
@@ -144,8 +146,8 @@ def check_vocabulary(adapter, rows, tokenizer):
     """After this adapter the model has `rows` embeddings and this tokenizer: both must be of one vocabulary."""
     if tokenizer is not None and (adapter.saved.keys() & {EMBEDDING, HEAD} or adapter.tokenizer):
         pieces = load_tokenizer(tokenizer).sp_model.get_piece_size()
-        padded = rows % 8 == 0 and pieces < rows < pieces + 128  # rows without a piece make matrices of round sizes
-        if pieces != rows and not padded:
+        padded = rows % 8 == 0 and fits_vocabulary(pieces, rows)  # rows without a piece make matrices of round sizes
+        if pieces != rows and not padded and rows not in added_rows(tokenizer):
             source = "" if adapter.tokenizer else f" (the adapter has none, so that of {tokenizer} was taken)"
             raise UserError(
                 f"{adapter.folder}: with this adapter the model has embeddings for {rows} pieces, but its "
@@ -158,6 +160,22 @@ def check_vocabulary(adapter, rows, tokenizer):
             f"{adapter.folder}: trained with another tokenizer.model than that of {tokenizer}; merge it into the base that "
             "its train_args.json names as model_dir"
         )
+
+
+def added_rows(folder):
+    """The numbers of rows with the tokens in a folder's added_tokens.json: {token: its row}, which tokenizer.model lacks."""
+    path = folder / "added_tokens.json"
+    rows = read_json(path, "").values() if path.is_file() else ()
+    return {row + 1 for row in rows if type(row) is int}
+
+
+def check_twice(files, sums):
+    """UserError where two adapters are one, by the sums of their weights."""
+    first = {}
+    for file in files:
+        other = first.setdefault(sums[file].result(), file)
+        if other is not file:
+            raise UserError(f"--lora_model: {file.parent} is the same LoRA as {other.parent}; name it once")
 
 
 def check_published(base_rows, names, adapters):
@@ -184,11 +202,13 @@ def main(args):
 
     base_folder, output_dir = user_path(args.base_model), user_path(args.output_dir)
     config, base, base_files = read_base(base_folder)
-    lora_files = [weights_file(user_path(folder)) for folder in args.lora_model.split(",") if folder.strip()]
+    folders = [user_path(folder) for folder in args.lora_model.split(",") if folder.strip()]
+    lora_files = [weights_file(adapter_or_old(folder) or folder) for folder in folders]
     if not lora_files:
         raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
     sums = hash_in_background([*lora_files, *base_files])
     adapters = [read_adapter(file.parent) for file in lora_files]
+    check_twice(lora_files, sums)
     shapes, tokenizer = check_chain(base_folder, base, adapters)
     names = [PUBLISHED.get(sums[file].result()) for file in lora_files]
     check_published(len(base[EMBEDDING]), names, adapters)

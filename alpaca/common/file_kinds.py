@@ -33,7 +33,7 @@ SIGNATURES = {
     b"SQLite format 3\x00": ("an SQLite database", EXPORT),
     b"\x89PNG": ("a picture", "name a file of text"),
     b"\xff\xd8\xff": ("a picture", "name a file of text"),
-    b"version https://git-lfs.": ("a Git LFS pointer, not the data", "fetch them: git lfs pull"),
+    (LFS := b"version https://git-lfs."): ("a Git LFS pointer, not the data", "fetch them: git lfs pull"),
 }
 ZIP_MEMBERS = {
     "xl/": ("an Excel workbook", "save the sheet as CSV or text, in UTF-8"),
@@ -46,6 +46,7 @@ UTF_BOMS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
+HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", re.IGNORECASE)
 PICKLE = re.compile(rb"\x80[\x02-\x05][^\x00-\x08]")
 COMMON = "的一是在不了有和人中大为我上国年，。、"  # the most frequent characters of simplified text,
 TRADITIONAL = "的一是在不了有和人中大為我上國年，。、"  # and of traditional
@@ -75,7 +76,7 @@ def refuse_other_kinds(path):
             raise UserError(f"{path}: is {name} text (Windows calls it Unicode); {_recode(path, name)}")
     if re.match(rb"(\xef\xbb\xbf)?\s*<\?xml\b", head):
         raise UserError(f"{path}: is an XML file; write its texts as lines or as JSON lines")
-    if re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype\s+html|html)\b", head, re.IGNORECASE):
+    if HTML.match(head):
         raise UserError(f"{path}: is an HTML page, perhaps of a download that failed; download the file itself")
     if PICKLE.match(head):
         raise UserError(f"{path}: is a pickle; write its contents as JSON lines (a pickle can run anything: trust it?)")
@@ -86,6 +87,16 @@ def refuse_other_kinds(path):
         if name:
             raise UserError(f"{path}: is {name} text; {_recode(path, name)}")
         raise UserError(f"{path}: is no text (its first {len(head)} bytes hold NUL); {EXPORT}")
+
+
+def refuse_failed_download(path):
+    """UserError for what often stands in place of a large file: a Git LFS pointer, or the page that a browser was shown."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if head.startswith(LFS):
+        raise UserError(f"{path}: is a Git LFS pointer, not the file; fetch the file: git lfs pull, or download it")
+    if HTML.match(head):
+        raise UserError(f"{path}: is an HTML page, perhaps of a download that failed; download the file itself")
 
 
 def other_encoding(path):

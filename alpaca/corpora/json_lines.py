@@ -5,36 +5,57 @@ from alpaca.corpora.records import read_records
 from alpaca.corpora.sentences import Mark, Sentence
 
 COLUMNS = ("instruct", "query", "answer")
+NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+SEE = "process.py --help shows the format"
 
 
 def read_json_sentences(path, ends="exclusive"):
     """Yield each Sentence of JSON lines, or of an array of such objects. ends: inclusive where an entity_list's end is the last character."""
     behind = int(ends == "inclusive")
     for number, record in read_records(path):
+        place = f"{path}:{number}"
         try:
-            text = record["text"]
-            if "label" in record and "entity_list" not in record:  # CLUENER's
-                found = [(span, tag, e) for tag, spans in record["label"].items() for e in spans for span in spans[e]]
-                places = [(begin, end + 1) for (begin, end), _, _ in found]
-                names = [(tag, entity) for _, tag, entity in found]
+            text = _checked(_checked(record, dict, "a record", place)["text"], str, "text", place)
+            if "label" in record and "entity_list" not in record:
+                marks = _marks_of_cluener(record["label"], place)
             else:
-                places = [
-                    (e["entity_index"]["begin"], e["entity_index"]["end"] + behind) for e in record["entity_list"]
-                ]
-                names = [(e["entity_type"], e["entity"]) for e in record["entity_list"]]
+                marks = _marks(record["entity_list"], behind, place)
         except KeyError as error:
             if record.keys() >= set(COLUMNS):
                 raise UserError(
                     f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
                     "look at it with --audit_only"
                 ) from None
-            raise UserError(
-                f"{path}:{number}: no key {error} (there are {', '.join(map(repr, record)) or 'none'}); "
-                "process.py --help shows the format"
-            ) from None
-        except (TypeError, AttributeError, ValueError):
-            raise UserError(f"{path}:{number}: wrong nesting; process.py --help shows the format") from None
-        strings = [text, *(part for pair in names for part in pair)]
-        if {type(part) for part in strings} != {str} or {type(part) for pair in places for part in pair} - {int}:
-            raise UserError(f"{path}:{number}: begin and end must be integers, all else strings; see process.py --help")
-        yield Sentence(number, text, [Mark(*place, *name, number) for place, name in zip(places, names, strict=True)])
+            raise UserError(f"{place}: no key {error} (there are {', '.join(map(repr, record)) or 'none'}); {SEE}") from None
+        yield Sentence(number, text, [Mark(*mark, number) for mark in marks])
+
+
+def _marks(entities, behind, place):
+    """(begin, end, type, entity) of each object in an entity_list; `behind` is added to its ends."""
+    marks = []
+    for item in _checked(entities, list, "entity_list", place):
+        item = _checked(item, dict, "an entity of entity_list", place)
+        index = _checked(item["entity_index"], dict, "entity_index", place)
+        begin, end = (_checked(index[key], int, key, place) for key in ("begin", "end"))
+        tag, entity = (_checked(item[key], str, key, place) for key in ("entity_type", "entity"))
+        marks.append((begin, end + behind, tag, entity))
+    return marks
+
+
+def _marks_of_cluener(label, place):
+    """The same of CLUENER's {type: {entity: [[begin, last character], …]}}."""
+    marks = []
+    for tag, names in _checked(label, dict, "label", place).items():
+        for entity, spans in _checked(names, dict, tag, place).items():
+            for span in _checked(spans, list, entity, place):
+                if not isinstance(span, list) or [type(number) for number in span] != [int, int]:
+                    raise UserError(f"{place}: {entity!r} must be at [begin, end], got {span!r}; {SEE}")
+                marks.append((span[0], span[1] + 1, tag, entity))
+    return marks
+
+
+def _checked(value, kind, key, place):
+    """The value, which must be of that type."""
+    if type(value) is not kind:
+        raise UserError(f"{place}: {key} must be {NAMES[kind]}, got {str(value)[:40]!r}; {SEE}")
+    return value

@@ -1,6 +1,5 @@
 """The base model of a folder, loaded for training or, with an adapter, for answering."""
 
-import json
 import pickle
 from pathlib import Path
 
@@ -8,36 +7,30 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from alpaca.common.console import progress, say
 from alpaca.common.devices import DTYPES, describe_device, pick_precision
 from alpaca.common.errors import UserError
-from alpaca.common.folders import hint_of_folders
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
-from alpaca.models.base_files import EMBEDDING, HEAD, UNUSED_ROWS, dims
+from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, read_config, read_tensors, weight_files
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
 
 
 def check_model_dir(model_dir):
-    """The config.json of a Hugging Face model's folder; UserError if there is none. Asked before anything slow begins."""
-    path = Path(model_dir) / "config.json"
-    if not path.is_file():
-        missing = f"no model here (config.json is missing){hint_of_folders(model_dir)}"
-        raise UserError(f"{model_dir}: {missing}; {how_to_get(model_dir)}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {how_to_get(model_dir)}") from None
+    """The config.json of a model's folder; UserError where the folder cannot be a base. Asked before anything slow begins."""
+    config = read_config(model_dir)
+    weight_files(model_dir)
+    return config
 
 
 def check_vocabulary(tokenizer, tokenizer_dir, rows, base):
     """UserError where a tokenizer's pieces and a base's `rows` of embeddings are not of one vocabulary."""
     pieces = tokenizer.vocab_size
-    if not pieces <= rows < pieces + UNUSED_ROWS:
+    if not fits_vocabulary(pieces, rows):
         raise UserError(
             f"{tokenizer_dir}/tokenizer.model has {pieces} pieces, {base} {rows} embeddings; use the tokenizer.model that "
             "belongs to it"
@@ -46,15 +39,17 @@ def check_vocabulary(tokenizer, tokenizer_dir, rows, base):
 
 def load_base(model_dir, dtype, device):
     """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one that lacks tensors."""
-    config = check_model_dir(model_dir)
-    if config.get("quantization_config") or (Path(model_dir) / "quantize_config.json").is_file():
-        raise UserError(f"{model_dir}: its weights are quantized, which is not supported; take the model that is not")
+    config = LlamaConfig.from_dict(check_model_dir(model_dir))  # transformers itself stumbles over a byte order mark
     transformers_logging.set_tqdm_hook(lambda _, args, options: progress(*args, **{**options, "desc": "加载模型"}))
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        model, found = LlamaForCausalLM.from_pretrained(
+            model_dir, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
-    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        for file in weight_files(model_dir):
+            read_tensors(file)  # says which file it is, and in our words
+        if isinstance(error, RuntimeError):
+            raise
         first = str(error).strip().splitlines()[0]
         raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
     finally:
@@ -198,9 +193,8 @@ def check_fit(adapter, train_args, facts, base, tokenizer_dir):
 
 def _empty_model(base):
     """The model of a folder without its weights."""
-    config = AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return LlamaForCausalLM(LlamaConfig.from_dict(read_config(base)))
 
 
 def _check_shape(adapter, name, shape, shapes, base):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -9,12 +10,29 @@ import torch
 from safetensors.torch import load_file
 
 from alpaca.common.errors import UserError
+from alpaca.common.file_kinds import refuse_failed_download
+from alpaca.common.folders import hint_of_folders
 from alpaca.models.tokenizer import how_to_get
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows of embeddings without a piece: a vocabulary is padded to a multiple of 64 or 128, or has a few added tokens.
 UNUSED_ROWS = 128
+OTHER_FORMAT = "take the model in Hugging Face's format"
+LLAMA_CPP = f"llama.cpp's, which is not supported; {OTHER_FORMAT}"
+LLAMA_CPP_MAGIC = (b"GGUF", b"tjgg", b"fmgg", b"lmgg")  # GGUF and the formats before it, in ggml's README
+QUANTIZED = "quantized, which is not supported; take the model that is not"
+# What a folder may hold in place of a Hugging Face model -> what is said of the first such file.
+OTHER_FILES = {
+    "consolidated.*.pth": "Meta's; convert them with model_hub/convert_llama_weights_to_hf.py",
+    "adapter_config.json": "a LoRA's; name its folder with --lora_model, and that of its base here",
+    "*.gguf": LLAMA_CPP,
+    "ggml-*.bin": LLAMA_CPP,
+    "gptq_model-*": QUANTIZED,
+    "*-[48]bit*": QUANTIZED,
+    "model-*-of-*.safetensors": "a part, and model.safetensors.index.json is missing; download that, too",
+    "pytorch_model-*-of-*.bin": "a part, and pytorch_model.bin.index.json is missing; download that, too",
+}
 
 
 def read_json(path, remedy):
@@ -62,18 +80,27 @@ def is_finite(tensor):
     return not tensor.numel() or all(math.isfinite(number) for number in torch.aminmax(tensor))
 
 
+def check_weights_file(path):
+    """UserError for a file that is missing or cannot be read, or whose first bytes are those of something else."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; download it, every part of the model is needed")
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        refuse_failed_download(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions or its disk") from None
+    if head in LLAMA_CPP_MAGIC:
+        raise UserError(f"{path}: is {LLAMA_CPP}")
+
+
 def read_tensors(path):
     """Name -> memory-mapped tensor of a .safetensors file or a PyTorch file; nothing pickled is ever run.
 
     Tables of rotary angles are left out.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; download it, every part of the model is needed")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); correct its permissions or its disk") from None
+    check_weights_file(path)
     try:
         if path.suffix == ".safetensors":
             tensors = load_file(path)
@@ -83,6 +110,9 @@ def read_tensors(path):
             tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except Exception as error:  # damaged bytes make an unpickler fail in any way there is
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        # torch says how to have the file run its code, which nobody must do
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
+            reason = "it holds other things than tensors"
         raise UserError(f"{path}: damaged, or no file of weights ({reason}); download it again") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
@@ -115,22 +145,72 @@ def dims(shape):
     return " x ".join(map(str, shape))
 
 
+def fits_vocabulary(pieces, rows):
+    """Whether a tokenizer's pieces and so many rows of embeddings can be of one vocabulary."""
+    return pieces <= rows < pieces + UNUSED_ROWS
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # a Hugging Face folder
+
+
+def read_config(folder):
+    """config.json of a Hugging Face LLaMA, checked; UserError for a folder that is none, or that cannot be used."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not path.is_file():
+        remedy = _other_files(folder) or f"{hint_of_folders(folder)}; {how_to_get(folder)}"
+        raise UserError(f"{folder}: no model here (config.json is missing){remedy}")
+    config = read_json(path, how_to_get(folder))
+    if config.get("model_type") != "llama":
+        raise UserError(f'{path}: "model_type" is {config.get("model_type")!r}; only LLaMA can be used')
+    if config.get("quantization_config") or (folder / "quantize_config.json").is_file():
+        raise UserError(f"{folder}: its weights are {QUANTIZED}")
+    counts = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    check_counts(config, counts, path)
+    _check_config(config, path)
+    return config
+
+
+def weight_files(folder):
+    """The files that transformers loads from a folder, each looked at; UserError where there are none."""
+    folder = Path(folder)
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        files, index = [folder / kind], folder / f"{kind}.index.json"
+        if not files[0].is_file():
+            if not index.is_file():
+                continue
+            names = read_json(index, "download it again").get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+                raise UserError(f'{index}: "weight_map" must give the file of each tensor; download it again')
+            files = [folder / name for name in sorted(set(names.values()))]
+        for file in files:
+            check_weights_file(file)
+        return files
+    remedy = _other_files(folder) or f"; {how_to_get(folder)}"
+    raise UserError(f"{folder}: no weights here (model.safetensors is missing){remedy}")
+
+
+def _other_files(folder):
+    """What a folder holds instead, for an error message; "" where it is nothing known."""
+    for pattern, text in OTHER_FILES.items():
+        for file in sorted(folder.glob(pattern)):
+            return f"; {file.name} is {text}"
+    return ""
+
+
+def mapped_tensors(folder):
+    """Yield (name, tensor) of each tensor of a folder, file by file; only those bytes are read that are looked at."""
+    for file in weight_files(folder):
+        yield from sorted(read_tensors(file).items())
 
 
 def read_base(folder):
     """(config, {name: tensor}, files of weights) of a Hugging Face LLaMA, every tensor checked."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; {how_to_get(folder)}")
-    config = read_json(folder / "config.json", "convert_llama_weights_to_hf.py makes such folders")
-    if config.get("model_type") != "llama":
-        raise UserError(f'{folder}/config.json: "model_type" is {config.get("model_type")!r}; only LLaMA can be merged')
-    counts = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    check_counts(config, counts, folder / "config.json")
-    _check_config(config, folder / "config.json")
-    files = _weight_files(folder)
+        raise UserError(f"{folder}: no such folder{hint_of_folders(folder)}; {how_to_get(folder)}")
+    config, files = read_config(folder), weight_files(folder)
     tensors = {}
     for file in files:
         tensors |= read_tensors(file)
@@ -160,19 +240,6 @@ def _check_config(config, path):
     heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % keys or not config.get("head_dim") and config["hidden_size"] % heads:
         raise UserError(f"{path}: {heads} heads and {keys} key heads do not fit {config['hidden_size']} dimensions")
-
-
-def _weight_files(folder):
-    for kind in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{kind}.index.json"
-        if index.is_file():
-            names = read_json(index, "download it again").get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise UserError(f'{index}: "weight_map" must give the file of each tensor; download it again')
-            return [folder / name for name in sorted(set(names.values()))]
-        if (folder / kind).is_file():
-            return [folder / kind]
-    raise UserError(f"{folder}: no model.safetensors and no pytorch_model.bin in it; convert or download it again")
 
 
 def expected_shapes(config):

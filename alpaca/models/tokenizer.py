@@ -11,6 +11,7 @@ from sentencepiece import SentencePieceProcessor
 from transformers import SentencePieceBackend
 
 from alpaca.common.errors import UserError
+from alpaca.common.file_kinds import refuse_failed_download
 from alpaca.common.folders import hint_of_folders
 from dataset import BOS, EOS, UNK
 
@@ -50,6 +51,7 @@ def _special_tokens(vocab_file):
     try:
         sp = SentencePieceProcessor(model_file=str(vocab_file))
     except RuntimeError:
+        refuse_failed_download(vocab_file)
         if LLAMA_3.match(Path(vocab_file).read_bytes()[:200]):
             raise UserError(f"{vocab_file}: LLaMA-3's, which is not supported; use a LLaMA-1 or LLaMA-2") from None
         raise UserError(f"{vocab_file}: not a SentencePiece model; was the download complete?") from None

@@ -8,8 +8,8 @@ import torch
 from alpaca.common.errors import UserError
 from alpaca.common.options import flatten
 from alpaca.models.base import check_model_dir
+from alpaca.models.base_files import mapped_tensors
 from alpaca.models.tokenizer import tokenizer_sha256
-from alpaca.training.base_tensors import mapped_tensors
 from alpaca.training.lora import zero_stage
 from dataset import PROMPT_SHA256
 

@@ -3,7 +3,7 @@
 import difflib
 
 from alpaca.common.errors import UserError
-from alpaca.training.base_tensors import mapped_tensors
+from alpaca.models.base_files import mapped_tensors
 
 COUNT = "1 or more", lambda value: value >= 1
 NOT_NEGATIVE = "0 or more", lambda value: value >= 0

@@ -1,5 +1,6 @@
 """Reading Meta's folders, memory-mapped and checked: consolidated.*.pth and params.json."""
 
+import re
 from pathlib import Path
 
 from alpaca.common.errors import UserError
@@ -20,8 +21,7 @@ def read_meta(folder, max_position_embeddings=2048):
     """(config, {Hugging Face's name: its part in each file}, files) of Meta's layout, every tensor checked."""
     folder = Path(folder)
     params = _read_params(folder / "params.json")
-    found = len(list(folder.glob("consolidated.*.pth")))
-    files = [folder / f"consolidated.{i:02d}.pth" for i in range(max(found, 1))]
+    files = _consolidated(folder)
     shards = [read_tensors(file) for file in files]
 
     names, shapes = meta_names(params["n_layers"]), {}
@@ -54,6 +54,18 @@ def read_meta(folder, max_position_embeddings=2048):
                 f"other tensors make it {dims(shape)}; is a consolidated file missing, or params.json of another model?"
             )
     return config, {name: [shard[meta] for shard in shards] for name, meta in names.items()}, files
+
+
+def _consolidated(folder):
+    """consolidated.00.pth, .01, …; UserError for one of another name, as browsers give to a second download."""
+    names = sorted(file.name for file in folder.glob("consolidated*.pth"))
+    for name in names:
+        if not re.fullmatch(r"consolidated\.\d\d\.pth", name):
+            raise UserError(
+                f"{folder / name}: no name of Meta's; call it consolidated.00.pth, .01, … if it is one of the model's "
+                "files, else move it away"
+            )
+    return [folder / f"consolidated.{i:02d}.pth" for i in range(max(len(names), 1))]
 
 
 def _read_params(path):

@@ -84,13 +84,28 @@ def test_cluener(corpus):
 
 
 @pytest.mark.parametrize(
-    "label", ['["a"]', '{"name": ["王明"]}', '{"name": {"王明": [3]}}', '{"name": {"王明": [[1, 2, 3]]}}']
+    ("changes", "message"),
+    [
+        ({"label": ["a"]}, "label must be an object, got \"['a']\""),
+        ({"label": {"name": ["王明"]}}, "name must be an object, got \"['王明']\""),
+        ({"label": {"name": {"王明": 3}}}, "王明 must be a list, got '3'"),
+        ({"label": {"name": {"王明": [3]}}}, "'王明' must be at [begin, end], got 3"),
+        ({"label": {"name": {"王明": [[1, 2, 3]]}}}, "'王明' must be at [begin, end], got [1, 2, 3]"),
+        ({"text": None}, "text must be a string, got 'None'"),
+        ({"entity_list": None}, "entity_list must be a list, got 'None'"),
+        ({"entity_list": ["王明"]}, "an entity of entity_list must be an object, got '王明'"),
+        ({"begin": "2"}, "begin must be an integer, got '2'"),
+        ({"end": True}, "end must be an integer, got 'True'"),
+    ],
 )
-def test_cluener_of_the_wrong_shape(corpus, capsys, label):
-    corpus([f'{{"text": "王明", "label": {label}}}'], DEV)
+def test_a_value_of_another_type_is_named(corpus, capsys, changes, message):
+    index = {"begin": 0, "end": 2} | {key: changes[key] for key in ("begin", "end") if key in changes}
+    entities = [{"entity_index": index, "entity_type": "name", "entity": "王明"}]
+    record = {"text": "王明"} | ({} if "label" in changes else {"entity_list": entities}) | changes
+    corpus([json.dumps(record, ensure_ascii=False)], DEV)
     with pytest.raises(SystemExit, match="2"):
         process("--labels=name:姓名,LOC:地名")
-    assert "train.txt:1: wrong nesting; process.py --help shows the format" in capsys.readouterr().err
+    assert f"train.txt:1: {message}; process.py --help shows the format" in capsys.readouterr().err
 
 
 def test_what_is_processed_already(corpus, capsys):
@@ -316,9 +331,9 @@ TRAIN = os.path.join("data", "t", "ori_data", "train.txt")
         (["晨\tO", "光\tB-TIME"], DEV, [], ["'TIME'", f"({TRAIN}:2)", ",TIME:TIME"]),
         ([sentence("甲"), '{"text": '], DEV, [], [f"{TRAIN}:2:", "JSON"]),
         (['{"text": "甲"}'], DEV, [], [f"{TRAIN}:1:", "entity_list"]),
-        (['{"text": 3, "entity_list": []}'], DEV, [], [f"{TRAIN}:1:", "strings"]),
+        (['{"text": 3, "entity_list": []}'], DEV, [], [f"{TRAIN}:1:", "text must be a string, got '3'"]),
         (['{"text": "甲", "entity_list": [3]}'], DEV, [], [f"{TRAIN}:1:", "--help"]),
-        ([sentence("甲", ("0", 1, "PER", "甲"))], DEV, [], [f"{TRAIN}:1:", "integers"]),
+        ([sentence("甲", ("0", 1, "PER", "甲"))], DEV, [], [f"{TRAIN}:1:", "begin must be an integer"]),
         (['{"text": "\\ud800", "entity_list": []}'], DEV, [], [f"{TRAIN}:1:", "surrogate"]),
         (["甲\tO", "乙"], DEV, [], [f"{TRAIN}:2:", "'乙'"]),
         (["甲\tO", "乙\tX-PER"], DEV, [], [f"{TRAIN}:2:", "X-PER"]),

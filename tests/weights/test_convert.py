@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from harness import run_script as run_command
 from reference_llama import PARAMS, logits, random_weights, write_meta_folder
 
 HUB = Path(__file__).resolve().parent.parent.parent / "model_hub"
@@ -165,9 +165,15 @@ def test_tokenizer_only_writes_none_that_is_damaged_or_too_large(source, tokeniz
     shutil.copyfile(tokenizer_models / "merged.model", source / "tokenizer.model")
     capsys.readouterr()
     assert f"has 508 pieces, but {folder} has embeddings for 420" in fails(capsys, *options, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 508 + 128}))
+    assert f"has 508 pieces, but {folder} has embeddings for 636" in fails(capsys, *options, folder)
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": "420"}))
+    assert "config.json: \"vocab_size\" must be a whole number above 0, got '420'" in fails(capsys, *options, folder)
+    (folder / "config.json").write_text(json.dumps(config))
     (source / "tokenizer.model").write_text("<html>")
-    assert "tokenizer.model: not a SentencePiece model" in fails(capsys, *options, folder)
-    assert "tokenizer.model: not a SentencePiece model" in fails(capsys, *options, source / "new")
+    assert "tokenizer.model: is an HTML page" in fails(capsys, *options, folder)
+    assert "tokenizer.model: is an HTML page" in fails(capsys, *options, source / "new")
     assert (folder / "tokenizer.model").read_bytes() == before and not (source / "new").exists()
 
 
@@ -255,6 +261,12 @@ def damage(folder, how):
         torch.save(tensors | {"norm.weight": Evil()}, weights)
     elif how == "empty file":
         weights.write_bytes(b"")
+    elif how == "a page":
+        weights.write_text("<!DOCTYPE html><title>Quota exceeded</title>")
+    elif how == "another object":
+        torch.save({"model": SimpleNamespace(**tensors)}, weights)
+    elif how == "a second download":
+        weights.rename(folder / "7B" / "consolidated.00 (1).pth")
     elif how == "a list":
         torch.save(list(tensors.values()), weights)
     elif how == "quantized":
@@ -294,6 +306,9 @@ def damage(folder, how):
         ("code", "consolidated.00.pth: damaged"),
         ("code in an archive", "consolidated.00.pth: damaged"),
         ("empty file", "consolidated.00.pth: damaged"),
+        ("a page", "consolidated.00.pth: is an HTML page, perhaps of a download that failed"),
+        ("another object", "consolidated.00.pth: damaged, or no file of weights (it holds other things than tensors)"),
+        ("a second download", "consolidated.00 (1).pth: no name of Meta's; call it consolidated.00.pth"),
         ("a list", "consolidated.00.pth: holds something else than named tensors"),
         ("quantized", "consolidated.00.pth: norm.weight is of type torch.int8"),
         ("params list", "params.json: expected a JSON object, got list"),
@@ -360,11 +375,10 @@ def test_bad_options_are_one_line(source, tokenizer_models, capsys):
 
 @pytest.mark.slow
 def test_command_of_the_readme(source):
-    command = [sys.executable, "convert_llama_weights_to_hf.py", "--input_dir", source, "--model_size", "7B"]
-    done = subprocess.run([*command, "--output_dir", source / "7B-hf"], cwd=HUB, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    script, options = "model_hub/convert_llama_weights_to_hf.py", ["--input_dir", source, "--model_size", "7B"]
+    done = run_command(script, *options, "--output_dir", source / "7B-hf", cwd=HUB)
     assert done.stdout.startswith("将写入 ") and (source / "7B-hf" / "config.json").is_file()
-    command[-1] = "70B"
-    done = subprocess.run(command, cwd=HUB, capture_output=True, text=True)
+    options[-1] = "70B"
+    done = run_command(script, *options, cwd=HUB, check=False)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "70B" in done.stderr

@@ -1,5 +1,6 @@
 """Inputs that once were written wrong with exit code 0, ended in a traceback, or were refused for a reason that misleads."""
 
+import argparse
 import errno
 import json
 import os
@@ -20,12 +21,13 @@ import specimens_lora as lora
 import specimens_meta as meta
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
-from alpaca.models.base import load_for_inference
+from alpaca.models.base import check_model_dir, load_base, load_for_inference
+from alpaca.models.base_files import read_base
 from alpaca.models.facts import read_facts, with_task
 from alpaca.weights import checksums
 from config_utils import run_script
 from dataset import INSTRUCT
-from specimens import ALPACA, EMBEDDING, HEAD, Model, merged, vocabularies
+from specimens import ALPACA, EMBEDDING, HEAD, LLAMA, merged, vocabularies
 from test_specimens import convert, converted, made, merge, merge_onto, refused, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +115,9 @@ def test_verify_accepts_bfloat16_and_large_loras(tmp_path, capsys):
     assert all(
         torch.allclose(t, expected[name], rtol=2**-7) for name, t in load_file(out / "model.safetensors").items()
     )
-    assert "验证：21 个张量与 float32 的基座+LoRA 相符" in capsys.readouterr().out
+    merge_onto(base.folder, loras, tmp_path / "pth", verify=True, output_type="pth", pth_files=2)
+    printed = capsys.readouterr().out
+    assert printed.count("验证：21 个张量与 float32 的基座+LoRA 相符") == 2
 
 
 @pytest.mark.parametrize("kind", ["huggingface", "pth"])
@@ -137,8 +141,12 @@ def test_a_lora_that_is_in_the_base_already_is_refused(base, tmp_path, capsys):
     out = merge_onto(base.folder, loras, tmp_path / "out")
     line = refused(capsys, merge_onto, out, [loras[1]], tmp_path / "twice")
     assert f"{loras[1].folder}: is in {out} already" in line
-    line = refused(capsys, merge_onto, base.folder, [loras[0], loras[0]], tmp_path / "twice")
-    assert f"{loras[0].folder}: is in {loras[0].folder} already" in line
+    shutil.copytree(loras[0].folder, tmp_path / "copy")
+    for again in (loras[0], lora.Lora(tmp_path / "copy", {}, {})):
+        line = refused(capsys, merge_onto, base.folder, [loras[0], again], tmp_path / "twice")
+        assert f"{again.folder} is the same LoRA as {loras[0].folder}; name it once" in line
+    edit(loras[1].folder / "adapter_config.json", modules_to_save=None)  # as the first message says
+    merge_onto(out, [loras[1]], tmp_path / "twice")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +237,124 @@ def test_pth_files_are_uneven_where_they_must_be_and_counted_aloud(base, tmp_pat
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# what is a base, and what is none: every command says the same
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13476\n"
+
+
+def without_index(folder):
+    (folder / "pytorch_model.bin.index.json").unlink()
+
+
+def only(name, content="GGUF"):
+    def change(folder):
+        for file in folder.glob("pytorch_model*"):
+            file.unlink()
+        (folder / name).write_text(content)
+
+    return change
+
+
+def metas(folder):
+    only("consolidated.00.pth")(folder)
+    (folder / "config.json").unlink()
+
+
+def of_gpt(folder):
+    edit(folder / "config.json", model_type="gpt2")
+
+
+def quantized(folder):
+    edit(folder / "config.json", quantization_config={"bits": 4})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_index, "pytorch_model-00001-of-00002.bin is a part, and pytorch_model.bin.index.json is missing"),
+        (only("ggml-model-q4_0.bin"), "ggml-model-q4_0.bin is llama.cpp's, which is not supported; take the model"),
+        (only("llama-7b.Q4_K_M.gguf"), "llama-7b.Q4_K_M.gguf is llama.cpp's, which is not supported"),
+        (only("pytorch_model.bin"), "pytorch_model.bin: is llama.cpp's, which is not supported"),
+        (only("gptq_model-4bit-128g.safetensors"), "gptq_model-4bit-128g.safetensors is quantized"),
+        (only("llama-7b-4bit-128g.pt"), "llama-7b-4bit-128g.pt is quantized"),
+        (only("pytorch_model.bin", LFS), "pytorch_model.bin: is a Git LFS pointer, not the file; fetch the file"),
+        (only("model.safetensors", LFS), "model.safetensors: is a Git LFS pointer, not the file; fetch the file"),
+        (only("model.safetensors", "<html>"), "model.safetensors: is an HTML page"),
+        (only("adapter_config.json"), "adapter_config.json is a LoRA's; name its folder with --lora_model"),
+        (metas, "(config.json is missing); consolidated.00.pth is Meta's; convert them with"),
+        (of_gpt, "config.json: \"model_type\" is 'gpt2'; only LLaMA can be used"),
+        (quantized, "its weights are quantized, which is not supported; take the model that is not"),
+    ],
+)
+def test_what_is_no_base_is_named_alike_by_all(base, change, message):
+    change(base.folder)
+    lines = set()
+    for command in (read_base, check_model_dir, lambda folder: load_base(folder, torch.float32, "cpu")):
+        with pytest.raises(UserError) as error:
+            command(base.folder)
+        lines.add(str(error.value))
+    [line] = lines
+    assert message in line
+
+
+def test_torchs_advice_to_run_a_files_code_is_never_given(base):
+    [first, *_] = sorted(base.folder.glob("*.bin"))
+    torch.save({"model": argparse.Namespace()}, first)
+    for command in (read_base, lambda folder: load_base(folder, torch.float32, "cpu")):
+        with pytest.raises(UserError, match="damaged, or no file of weights .it holds other things than tensors.;"):
+            command(base.folder)
+
+
+def test_a_byte_order_mark_in_config_json(base, tmp_path):
+    """As editors of Windows write it."""
+    expected = logits_of(base.folder, {name: tensor.float() for name, tensor in base.weights.items()})
+    config = base.folder / "config.json"
+    config.write_text(config.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    added = lora.alpaca_lora(tmp_path / "lora")
+    model, _ = load_for_inference(None, None, {}, str(base.folder), None, "fp32", "cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.tensor([IDS])).logits, expected)
+    load_for_inference(added.folder, None, {}, str(base.folder), None, "fp32", "cpu")
+    merge_onto(base.folder, [added], tmp_path / "out")
+
+
+def test_a_lora_with_tokens_of_its_own(base, tmp_path, capsys):
+    """Its added_tokens.json names the rows for which tokenizer.model has no piece."""
+    added = lora.chinese_llama(tmp_path / "lora")
+    tensors = torch.load(added.folder / "adapter_model.bin")
+    for name, tensor in tensors.items():
+        if len(tensor) == LLAMA:
+            tensors[name] = torch.cat([tensor, tensor[:4]])
+    torch.save(tensors, added.folder / "adapter_model.bin")
+    line = refused(capsys, merge_onto, base.folder, [added], tmp_path / "out")
+    assert f"embeddings for {LLAMA + 4} pieces, but its tokenizer.model has {LLAMA}; put the" in line
+    tokens = {f"<{i}>": LLAMA + i for i in range(4)}
+    (added.folder / "added_tokens.json").write_text(json.dumps(tokens))
+    out = merge_onto(base.folder, [added], tmp_path / "out")
+    assert f"注意: {added.folder}/added_tokens.json" in capsys.readouterr().out
+    assert len(load_file(out / "model.safetensors")[HEAD]) == LLAMA + 4
+    load_for_inference(None, None, {}, str(out), None, "fp32", "cpu")
+
+
+def test_what_a_save_that_was_cut_short_left_is_merged(base, tmp_path, capsys):
+    """Between the two renames of a save there is no adapter_model, but adapter_model.old."""
+    added = lora.alpaca_lora(tmp_path / "adapter_model.old")
+    named = added._replace(folder=tmp_path / "adapter_model")
+    ours = load_file(merge_onto(base.folder, [named], tmp_path / "out") / "model.safetensors")
+    expected = merged(base.weights, added)
+    assert all(torch.allclose(ours[name], tensor, rtol=2**-9, atol=2**-12) for name, tensor in expected.items())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # disks, locks, paths
+
+
+def test_an_output_below_a_file_is_named(base, tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    added = lora.alpaca_lora(tmp_path / "lora")
+    line = refused(capsys, merge_onto, base.folder, [added], tmp_path / "notes" / "out")
+    assert f"{tmp_path}/notes: is no folder; move it away or name another" in line
+
 
 ON_ANOTHER_DISK = f"""
 set -e
@@ -287,10 +412,6 @@ def run_process(process):
 HOLDING = """
 import sys, time
 from alpaca.common.locks import locked
-from alpaca.models.base import load_for_inference
-from alpaca.models.facts import read_facts, with_task
-from dataset import INSTRUCT
-from transformers import LlamaForCausalLM
 with locked(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)
@@ -324,11 +445,10 @@ def test_home_blanks_and_chinese_quotes_in_paths(llama, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     named = tmp_path / "我的 “模型” 7B"
     run(convert, input_dir="~", model_size="7B", output_dir=f"“{named}”")
-    added = lora.alpaca_lora(tmp_path / "a b" / "“lora”")
-    shutil.copytree(named, tmp_path / "‘quoted’")
-    argv = [f"--base_model={named}", f"--lora_model=~/a b/“lora”, {added.folder}", "--output_dir=~/新 模型"]
+    added, other = lora.alpaca_lora(tmp_path / "a b" / "“lora”"), lora.alpaca_lora_16(tmp_path / "‘quoted’")
+    argv = [f"--base_model={named}", f"--lora_model=~/a b/“lora”, {other.folder}", "--output_dir=~/新 模型"]
     run_script(merge.main, merge.CONFIG, merge.__file__, argv)
-    expected = merged(Model(named, llama.weights).weights, added, added)
+    expected = merged(llama.weights, added, other)
     ours = load_file(tmp_path / "新 模型" / "model.safetensors")
     assert all(torch.allclose(ours[name], tensor, rtol=2**-9, atol=2**-12) for name, tensor in expected.items())
     assert vocabularies()["base"] == (tmp_path / "新 模型" / "tokenizer.model").read_bytes()

@@ -30,7 +30,7 @@ sys.path.insert(0, {str(HUB)!r})
 import merge_llama_with_chinese_lora as merge
 from alpaca.weights import safetensors_writer
 from config_utils import run_script
-safetensors_writer.FILE_BYTES = 2_000_000
+safetensors_writer.FILE_BYTES = 400_000
 
 def die_at(count, folder):
     def hook(event, arguments):
@@ -82,9 +82,9 @@ def forking():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, tokenizer_models):
-    """base/ of 12 MB, and two adapters for it, ner/ and older/."""
+    """base/ of 2 MB, and two adapters for it, ner/ and older/."""
     folder = tmp_path_factory.mktemp("killed")
-    shape = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
+    shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(vocab_size=420, **shape)).half().save_pretrained(folder / "base")
     shutil.copyfile(tokenizer_models / "base.model", folder / "base" / "tokenizer.model")

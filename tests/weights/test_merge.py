@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -20,9 +19,11 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering.generate import generate
+from alpaca.models import base_files
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from dataset import PROMPT_SHA256, QUERY_PREFIX, build_prompt, encode_prompts
+from harness import run_script as run_command
 from reference_llama import CUT, feed_forward_width, logits
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -426,10 +427,9 @@ def embedded(tmp_path_factory):
     return run(folder / "tiny-hf", adapters, folder / "chinese-alpaca-tiny")
 
 
-@pytest.mark.parametrize("output_type", ["huggingface", "pth"])
-def test_verify_compares_with_peft(embedded, tmp_path, capsys, monkeypatch, output_type):
-    options = ("--verify", f"--output_type={output_type}")
-    run(embedded, [SHIPPED], tmp_path / "ner", *options)
+def test_verify_compares_with_peft(embedded, tmp_path, capsys):
+    """A wrong number, and what is written as pth: test_defects.py."""
+    run(embedded, [SHIPPED], tmp_path / "ner", "--verify")
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"验证：3/3 个贪心答案相同，logits 最大相差 0\.\d{4}（logits 的标准差 \d\.\d{4}）", lines[-2])
     ours, merged = (
@@ -438,28 +438,17 @@ def test_verify_compares_with_peft(embedded, tmp_path, capsys, monkeypatch, outp
     )
     assert ours == merged and "苏晓岚_人名" in ours
 
-    def wrong(name, weight, adapters):
-        return -weight if name == "model.layers.3.mlp.down_proj.weight" else weight
-
-    monkeypatch.setattr(merge, "add_adapters", wrong)
-    with pytest.raises(SystemExit) as error:
-        run(embedded, [SHIPPED], tmp_path / "wrong", *options)
-    err = capsys.readouterr().err
-    assert error.value.code == 2 and "q_proj.weight of the merged model is off by " in err
-    assert err.strip().endswith(f"it is in {tmp_path / 'wrong.unverified'}")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ner", "wrong.unverified"]
-
 
 def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
     """In this project and in plain transformers, with the tokenizer that AutoTokenizer finds."""
     with (ROOT / "data/demo/ori_data/dev.txt").open(encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line, _ in zip(file, range(12), strict=False)]
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(6), strict=False)]
     folder, train_args, facts = find_adapter("demo", str(SHIPPED))
     prompts = [build_prompt(facts["instructs"][0], QUERY_PREFIX + text) for text in texts]
     model, tokenizer = load_for_inference(folder, train_args, facts, str(embedded), None, "fp32", "cpu")
     ids = encode_prompts(tokenizer, prompts)
     expected = [answer.text for answer in generate(model, tokenizer, ids, 64, 4)]
-    assert len(set(expected)) > 6
+    assert len(set(expected)) > 3
 
     out = run(embedded, [SHIPPED], tmp_path / "ner")
     model, tokenizer = load_for_inference(None, None, {}, str(out), None, "fp32", "cpu")
@@ -557,7 +546,7 @@ def test_the_published_sizes_mixed_up_are_explained(tmp_path, tokenizer_models, 
 def test_a_published_alpaca_plus_needs_llama_plus(chain, tokenizer_models, capsys, monkeypatch):
     """Its shapes fit LLaMA just as well, so nothing but the published sum can tell."""
     base = make_base(chain / "7B-hf", tokenizer_models / "base.model", vocab_size=32000)
-    monkeypatch.setattr(merge, "UNUSED_ROWS", 32000)  # the tests' tokenizer has fewer pieces than LLaMA's
+    monkeypatch.setattr(base_files, "UNUSED_ROWS", 32000)  # the tests' tokenizer has fewer pieces than LLaMA's
     for name, sum_of in {"llama": "LLaMA-7B", "alpaca": "Alpaca-Plus-7B", "plus": "LLaMA-Plus-7B"}.items():
         shutil.rmtree(chain / name, ignore_errors=True)
         tensors = adapter_tensors(0, seed=len(name))
@@ -639,14 +628,15 @@ def test_missing_and_damaged_files_are_named(chain, capsys):
     assert f"{chain}/lora: no such folder; download" in fails(capsys, base, [chain / "lora"], out)
     assert "several folders are joined by commas" in fails(capsys, base, [f"{chain}/lora-1 {chain}/lora-2"], out)
     assert "adapter_config.json: no such file" in fails(capsys, base, [base], out)
-    assert "config.json: no such file" in fails(capsys, llama, [llama], out)
+    line = fails(capsys, llama, [llama], out)
+    assert f"{llama}: no model here (config.json is missing); adapter_config.json is a LoRA's; name its folder" in line
     assert "expected huggingface or pth, got 'hf'" in fails(capsys, base, [llama], out, "--output_type=hf")
     assert "--lora_model is missing" in fails(capsys, base, [], out)
     weights = base / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert f"{weights}: damaged" in fails(capsys, base, [llama], out)
     weights.unlink()
-    assert "no model.safetensors and no pytorch_model.bin" in fails(capsys, base, [llama], out)
+    assert "no weights here (model.safetensors is missing); put the model there" in fails(capsys, base, [llama], out)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "model-1.safetensors"}}')
     assert f"{base}/model-1.safetensors: no such file" in fails(capsys, base, [llama], out)
 
@@ -662,8 +652,10 @@ class Evil:
         ("llama/adapter_config.json", b'{"r": 4,', "adapter_config.json: not valid JSON"),
         ("llama/adapter_config.json", b"[]", "adapter_config.json: expected a JSON object, got list"),
         ("llama/adapter_model.bin", pickle.dumps(Evil(), protocol=2), "adapter_model.bin: damaged"),
-        ("llama/adapter_model.bin", b"version https://git-lfs.github.com/spec/v1", "adapter_model.bin: damaged"),
-        ("llama/tokenizer.model", b"<html>", "tokenizer.model: not a SentencePiece model"),
+        ("llama/adapter_model.bin", b"version https://git-lfs.github.com/spec/v1", "adapter_model.bin: is a Git LFS"),
+        ("llama/tokenizer.model", b"<html>", "tokenizer.model: is an HTML page"),
+        ("llama/tokenizer.model", b"version https://git-lfs.github.com/spec/v1", "tokenizer.model: is a Git LFS"),
+        ("llama/tokenizer.model", b"half", "tokenizer.model: not a SentencePiece model"),
         ("base/config.json", b"\xff", "config.json: not valid JSON"),
         ("base/config.json", b'{"model_type": "gpt2"}', "\"model_type\" is 'gpt2'; only LLaMA"),
         ("base/model.safetensors", b"\xff" * 100, "model.safetensors: damaged"),
@@ -681,6 +673,8 @@ class Evil:
 )
 def test_damaged_inputs_are_one_line(chain, capsys, monkeypatch, file, content, message):
     monkeypatch.chdir(chain)
+    if file.endswith("index.json"):
+        (chain / "base" / "model.safetensors").unlink()
     (chain / file).write_bytes(content)
     before = sorted(chain.rglob("*"))
     assert message in fails(capsys, chain / "base", [chain / "llama", chain / "alpaca"], chain / "out")
@@ -702,13 +696,7 @@ def test_inputs_are_never_overwritten(chain, capsys):
 
 @pytest.mark.slow
 def test_command_of_the_readme(chain):
-    done = subprocess.run(
-        [sys.executable, "merge_llama_with_chinese_lora.py", "--base_model", chain / "base"]
-        + ["--lora_model", f"{chain / 'llama'},{chain / 'alpaca'}", "--output_type", "huggingface"]
-        + ["--output_dir", chain / "chinese-alpaca"],
-        cwd=HUB,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--base_model", chain / "base", "--lora_model", f"{chain / 'llama'},{chain / 'alpaca'}"]
+    options += ["--output_type", "huggingface", "--output_dir", chain / "chinese-alpaca"]
+    done = run_command("model_hub/merge_llama_with_chinese_lora.py", *options, cwd=HUB)
     assert done.stdout.startswith("将写入 ") and (chain / "chinese-alpaca" / "config.json").is_file()
