@@ -64,8 +64,8 @@ def check_pieces(tokenizer, folder, rows):
 
 def add_tokenizer(tokenizer, output_dir):
     """What is missing where somebody else has converted the weights."""
-    config = output_dir / "config.json"
-    if config.is_file():
+    load_tokenizer(tokenizer.parent)  # a damaged one is written nowhere
+    if (output_dir / "config.json").is_file():
         check_pieces(tokenizer, output_dir, read_config(output_dir)["vocab_size"])
     save_tokenizer(tokenizer, output_dir)
     print(f"已写入 {output_dir}：tokenizer.model，tokenizer_config.json")
