@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from alpaca.common.console import is_main
+from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import adapter_or_old
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
-from alpaca.training.checkpoints import saving, to_disk
+from alpaca.training.checkpoints import from_main, saving, to_disk
 from alpaca.training.lora import lora_weights
 from config_utils import load_config, save_config
 from dataset import PROMPT_SHA256, labels_of, nests, query_prefix_of, without_rehearsal
@@ -49,43 +49,48 @@ def usual_length(model_dir, records):
 def save_adapter(model, save_dir, args, deepspeed_config, facts, step):
     """Write <save_dir>/adapter_model/ whole or not at all: LoRA weights, adapter_config.json, train_args.json.
 
-    All ranks call it (under ZeRO-3 they hold the weights together); rank 0 writes.
+    All ranks call it (under ZeRO-3 they hold the weights together); rank 0 writes. UserError, on all of them, for weights
+    that are no numbers and for what cannot be written.
     """
     import deepspeed
 
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with deepspeed.zero.GatheredParameters(list(trainable.values())):
-        if not is_main():
-            return
         weights = lora_weights(model, model.lora.detach()) if "lora" in trainable else trainable
-        weights = {name: weight.detach().clone() for name, weight in weights.items()}  # not views of one storage
         lora_b = [weight for name, weight in weights.items() if "lora_B" in name]
-        assert lora_b and any(weight.abs().max() > 0 for weight in lora_b), "the adapter is empty: nothing was trained"
-        if not all(weight.isfinite().all() for weight in weights.values()):
+        assert lora_b and all(weight.numel() for weight in weights.values()), "the adapter is empty"
+        if not all(weight.isfinite().all() for weight in weights.values()):  # all ranks see it, and all end
             raise UserError(f"step {step}: the LoRA holds NaN or infinite weights; the adapter saved before is kept")
-        target = Path(save_dir) / "adapter_model"
-        new, old = target.with_name("adapter_model.new"), target.with_name("adapter_model.old")
-        try:
-            with saving(target):
-                shutil.rmtree(new, ignore_errors=True)
-                model.save_pretrained(
-                    new, safe_serialization=args.safe_serialization, save_embedding_layers=False, state_dict=weights
-                )
-                (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-                save_config(args, new / "train_args.json", deepspeed=deepspeed_config, **facts, step=step)
-        except UserError:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        if not _same(_tensors(new), weights):
-            raise UserError(f"{new}: what was read back is not what was written; the adapter saved before is kept")
+        if not any(weight.any() for weight in lora_b):
+            say(f"第 {step} 步: 还没有一步更新过权重，保存的 LoRA 不改变模型")
+        facts = {"deepspeed": deepspeed_config, **facts, "step": step}
+        from_main(lambda: _write(model, Path(save_dir) / "adapter_model", args, facts, weights))
+
+
+def _write(model, target, args, facts, weights):
+    weights = {name: weight.detach().clone() for name, weight in weights.items()}  # not views of one storage
+    new, old = target.with_name("adapter_model.new"), target.with_name("adapter_model.old")
+    try:
         with saving(target):
-            to_disk(new)
-            if target.exists():  # a folder cannot be renamed over a full one
-                shutil.rmtree(old, ignore_errors=True)
-                target.rename(old)
-            new.rename(target)
-            to_disk(target.parent, contents=False)
-        shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            model.save_pretrained(
+                new, safe_serialization=args.safe_serialization, save_embedding_layers=False, state_dict=weights
+            )
+            (new / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+            save_config(args, new / "train_args.json", **facts)
+    except UserError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if not _same(_tensors(new), weights):
+        raise UserError(f"{new}: what was read back is not what was written; the adapter saved before is kept")
+    with saving(target):
+        to_disk(new)
+        if target.exists():  # a folder cannot be renamed over a full one
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+        new.rename(target)
+        to_disk(target.parent, contents=False)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(adapter):

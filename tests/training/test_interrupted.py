@@ -17,7 +17,7 @@ from alpaca.training.adapter_writer import BestScore
 from alpaca.training.checkpoints import complete_checkpoints
 from alpaca.training.run_log import evaluated_steps, repair_log
 from alpaca.training.steps import catch_signals, shared_state, with_learning_rate
-from harness import read_log, run_script, training_options
+from harness import ROOT, free_port, needs_two_gpus, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
 # Runs a script with some names of alpaca.training.run replaced, which {patch} does.
@@ -36,15 +36,36 @@ def evaluate_loss(*args):
     raise RuntimeError("what the evaluation died of")
 run.evaluate_loss = evaluate_loss
 """
+# The gradient of one weight, at some steps, on one rank.
 NAN_GRADIENTS = """
 add_lora, calls = run.add_lora, []
 def with_nan(*args):
     model = add_lora(*args)
-    model.lora.register_hook(lambda gradient: calls.append(0) or (gradient * float("nan") if len(calls) in {steps} else gradient))
+    weight = [weight for weight in model.parameters() if weight.requires_grad][-1]
+    def spoil(gradient):
+        calls.append(0)
+        return gradient * float("nan") if len(calls) in {steps} and os.environ["RANK"] == "{rank}" else gradient
+    weight.register_hook(spoil)
     return model
 run.add_lora = with_nan
 """
-
+# Two ranks without a launcher: the second is a fork. It says how it ended.
+TWO_RANKS = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", RANK="0", LOCAL_RANK="0")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+second = os.fork()
+if not second:
+    os.environ.update(RANK="1", LOCAL_RANK="1")
+import alpaca.training.run as run
+{patch}
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+finally:
+    if second:
+        print("rank 1:", os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]), file=sys.stderr)
+"""
 NO_MEMORY = """
 import torch
 def answer_loss(*args, **kwargs):
@@ -87,17 +108,49 @@ def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_pat
         assert read_log(tmp_path / "cut") == read_log(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_path, trainer):
-    """The losses are finite, and DeepSpeed leaves such steps out: one is said and logged, five in a row are an error."""
-    launcher = patched(NAN_GRADIENTS.replace("{steps}", "(2, 4, 5, 6, 7, 8)"))
-    given = [*options(base_dir, instruct_data, tmp_path / "run"), "--max_steps=20", "--save_steps=3", "--eval_steps=-1"]
-    result = run_script(f"{trainer}.py", *given, cwd=tmp_path, launcher=launcher, check=False)
-    error = error_of(result)
-    assert "step 8: the gradients of 5 steps are NaN or infinite (learning rate" in error
+def run_two_ranks(trainer, patch, given, folder):
+    values = {"root": str(ROOT), "port": free_port(), "patch": patch, "script": f"{ROOT}/{trainer}.py"}
+    (folder / "two_ranks.py").write_text(TWO_RANKS.format(**values), encoding="utf-8")
+    return run_script(folder / "two_ranks.py", *given, cwd=folder, check=False)
+
+
+@needs_two_gpus
+@pytest.mark.parametrize(
+    "trainer, stage, precision",
+    [
+        ("train_deepspeed", 0, "bf16"),
+        ("train_deepspeed", 2, "fp32"),
+        ("train_trainer", 3, "bf16"),
+    ],
+)
+def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_path, trainer, stage, precision):
+    """The losses are finite, only one of two ranks has such gradients, and DeepSpeed leaves the steps out: one is said and
+    logged, five in a row end both ranks."""
+    patch = NAN_GRADIENTS.replace("{steps}", "(2, 4, 5, 6, 7, 8)").replace("{rank}", "1")
+    more = ["--max_steps=20", "--save_steps=3", "--eval_steps=-1", f"--precision={precision}"]
+    more += [f"--deepspeed_zero_optimization_stage={stage}"]
+    given = [*options(base_dir, instruct_data, tmp_path / "run"), *more]
+    result = run_two_ranks(trainer, patch, given, tmp_path)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "rank 1: 2" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert len(errors) == 2 and all("step 8: the gradients of 5 steps are NaN or infinite" in error for error in errors)
     assert result.stderr.count("梯度是 NaN 或无穷") == 6
     assert [row.get("skipped", 0) for row in read_log(tmp_path / "run")] == [0, 1, 0, 1, 1, 1, 1]
     assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+
+
+@needs_two_gpus
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_weights_that_are_no_numbers_are_not_saved(base_dir, instruct_data, tmp_path, trainer):
+    """ZeRO 0 in fp32 leaves no step out; the loss shows it a step later. A save in between ends both ranks."""
+    patch = NAN_GRADIENTS.replace("{steps}", "(2,)").replace("{rank}", "1")
+    more = ["--save_steps=1", "--eval_steps=-1", "--deepspeed_zero_optimization_stage=0"]
+    result = run_two_ranks(trainer, patch, [*options(base_dir, instruct_data, tmp_path / "run"), *more], tmp_path)
+    assert result.returncode == 2 and "rank 1: 2" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.count("error: step 2: the LoRA holds NaN or infinite weights") == 2
+    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+    facts = json.loads((tmp_path / "run" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
+    assert facts["step"] == 1
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
