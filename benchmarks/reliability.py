@@ -3,9 +3,10 @@
     python benchmarks/reliability.py                                              # half an hour on two free cores
     python benchmarks/reliability.py --trainers=train_trainer --kills=4 --fuzz=0  # one part of it
 
-Each trainer gets `--kills` SIGKILLs: half of them at random moments of the training, a quarter at one of the file
-operations of a save, a quarter between the adapter's two renames. After a kill a loader must still find a whole adapter
-if there was one before, and the run goes on with --resume. A run that reaches its end must equal one that was never
+Each trainer gets `--kills` SIGKILLs, a quarter each: at random moments of the training, at one of the file operations of
+a save, at one of those inside a checkpoint's folder, and between the adapter's two renames. After a kill a loader must
+still find a whole adapter if there was one before, the newest complete checkpoint must still be there or a newer one, and
+the run goes on with --resume. A run that reaches its end must equal one that was never
 killed, bit for bit: each loss that it ever logged, and the adapter. Then the next run begins.
 The rest is tests with larger numbers: ZeRO 0 to 3 on two ranks in both trainers, each run ended by SIGTERM and resumed
 (STAGES), and fuzzing (FUZZ).
@@ -29,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import adapter_or_old
-from alpaca.training.checkpoints import complete_checkpoints
+from alpaca.training.checkpoints import complete_checkpoints, step_of
 from config_utils import run_script
 from harness import make_records, read_log, write_jsonl
 
@@ -42,7 +43,8 @@ CONFIG = {
     "fuzz": 20000,  # cases for each fuzz test; 0: leave all tests out
 }
 # Runs a script and kills it at the n-th operation that changes a file of the run, operations on the log not counted; with
-# "renames" at the n-th rename of adapter_model.new, when the earlier adapter is already moved away. torch.save opens its
+# "renames" at the n-th rename of adapter_model.new, when the earlier adapter is already moved away; with "checkpoint" only
+# operations inside a checkpoint's folder count. torch.save opens its
 # file in C++, where the audit hook does not see it, so it is counted by itself.
 KILLED_IN_A_SAVE = """
 import os, runpy, signal, sys
@@ -61,7 +63,8 @@ def hook(event, arguments):
     elif event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
         return
     elif str(arguments[0]).startswith(run + os.sep) and not str(arguments[0]).endswith("train_log.jsonl"):
-        count()
+        if which == "any" or "/checkpoint-" in str(arguments[0]):
+            count()
 save = torch.save
 def counted(*args, **kwargs):
     if which != "renames":
@@ -112,30 +115,37 @@ def whole_adapter(run):
     return next((folder for folder in folders if folder and read_adapter(folder)), None)
 
 
+def newest_step(run):
+    return max(map(step_of, complete_checkpoints(run)), default=0)
+
+
 def survive(trainer, args, work):
     """Kill the runs of one trainer; returns the counts that main prints."""
     draw = random.Random(f"{args.seed}-{trainer}")
     whole, run = work / "whole", work / "run"
     assert run_trainer(trainer, args, whole) == 0, (work / "output.txt").read_text(encoding="utf-8")[-4000:]
     expected, expected_adapter = losses(whole), weights_of(whole)
-    kills = {"at a random moment": 0, "in a save": 0, "between the renames": 0}
-    found_old = lost = ended = equal = 0
+    kills = {"at a random moment": 0, "in a save": 0, "in a checkpoint": 0, "between the renames": 0}
+    which = {"in a save": ("any", 200), "in a checkpoint": ("checkpoint", 150), "between the renames": ("renames", 9)}
+    found_old = lost = lost_checkpoints = cut_short = ended = equal = 0
     while True:
         resume = ["--resume"] if complete_checkpoints(run) else []
-        had = whole_adapter(run)
+        had, newest = whole_adapter(run), newest_step(run)
         done = sum(kills.values())
-        kind = list(kills)[max(0, done % 4 - 1)]
+        kind = list(kills)[done % 4]
         if done == args.kills:
             code = run_trainer(trainer, args, run, *resume)
         elif kind == "at a random moment":
             code = run_trainer(trainer, args, run, *resume, seconds=draw.uniform(0, 3))
         else:
-            which, among = ("renames", 9) if kind == "between the renames" else ("any", 200)
-            before = ["-c", KILLED_IN_A_SAVE, str(draw.randint(1, among)), str(run), which]
+            operations, among = which[kind]
+            before = ["-c", KILLED_IN_A_SAVE, str(draw.randint(1, among)), str(run), operations]
             code = run_trainer(trainer, args, run, *resume, before=before)
         assert code in (0, -9), (work / "output.txt").read_text(encoding="utf-8")[-4000:]
         found = whole_adapter(run)
         lost += had is not None and found is None
+        lost_checkpoints += newest_step(run) < newest
+        cut_short += any(not (folder / "complete").is_file() for folder in run.glob("checkpoint-*"))
         found_old += found is not None and found.name.endswith(".old")
         if code:
             kills[kind] += 1
@@ -153,6 +163,8 @@ def survive(trainer, args, work):
                 "kills": kills,
                 "found only adapter_model.old": found_old,
                 "adapters lost": lost,
+                "checkpoints cut short": cut_short,
+                "checkpoints lost": lost_checkpoints,
                 "runs to their end": ended,
                 "equal bit for bit": equal,
             }
