@@ -2,7 +2,9 @@
 
 import os
 import sys
+import time
 from contextlib import contextmanager
+from threading import Event, Thread
 
 from tqdm import tqdm
 
@@ -39,6 +41,22 @@ def progress(iterable=None, **options):
     """A bar on rank 0's terminal, once a step has taken more than a second; none where the output goes to a file."""
     shown = {"disable": None if is_main() else True, "delay": 1, "dynamic_ncols": True, "leave": None}
     return tqdm(iterable, **shown, **options)
+
+
+@contextmanager
+def waiting(what, every=30):
+    """Meanwhile, say every so many seconds that `what` is still under way."""
+    start, ended = time.time(), Event()
+
+    def tell():
+        while not ended.wait(every):
+            say(f"{what}，已经 {time.time() - start:.0f} 秒")
+
+    Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def end_bars():

@@ -1,32 +1,36 @@
 """The decoder layers on CUDA, compiled for tree rows of few lengths and replayed as CUDA graphs."""
 
+import time
 from bisect import bisect_right
 from collections import namedtuple
 from functools import partial
-from itertools import islice
+from itertools import chain
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import pad
 
+from alpaca.common.console import say, waiting
 from alpaca.common.errors import UserError
-from alpaca.training.prefix_tree import make_collate, tree_mask
+from alpaca.training.batches import optimizer_steps
+from alpaca.training.checkpoints import from_main
+from alpaca.training.prefix_tree import make_collate, tree_mask, tree_row
 
 ROW_MULTIPLE = 128  # FlexAttention's block size
 ROW_LENGTHS = 6  # each costs a compilation and a captured graph; with four, 64 MSRA examples are padded 5 %, not 3
-SAMPLED_BATCHES = 256  # enough to know how long rows get
+COUNTED_SECONDS = 5  # for laying out rows beforehand, to know how long they get
 
 
-def choose_lengths(lengths, count=ROW_LENGTHS):
+def choose_lengths(lengths, count=ROW_LENGTHS, spare=True):
     """The `count` row lengths, multiples of ROW_MULTIPLE, to which rows of these lengths are padded with least waste.
 
-    A last one, an eighth longer than the longest seen, takes what later epochs may bring.
+    spare: the last one is an eighth longer than the longest of these, for rows that are not among them.
     """
     blocks = sorted(-(-n // ROW_MULTIPLE) for n in lengths)
     sizes = sorted(set(blocks))
     rows_up_to = [0, *(bisect_right(blocks, size) for size in sizes)]  # [j]: rows that the first j sizes are enough for
     best, complete = {0: (0, ())}, []  # j -> (blocks after padding, sizes chosen) where the largest chosen is the j-th
-    for _ in range(min(count - 1, len(sizes))):  # one more size is chosen each time
+    for _ in range(min(count - spare, len(sizes))):  # one more size is chosen each time
         further = {}
         for j, size in enumerate(sizes, 1):
             ways = [
@@ -39,27 +43,45 @@ def choose_lengths(lengths, count=ROW_LENGTHS):
         best = further
         complete += [best[len(sizes)]] if len(sizes) in best else []
     _, chosen = min(complete)
-    return [n * ROW_MULTIPLE for n in (*chosen, -(-chosen[-1] * 9 // 8))]
+    return [n * ROW_MULTIPLE for n in (*chosen, *([-(-chosen[-1] * 9 // 8)] if spare else []))]
 
 
-def compile_layers(model, loader, packing, pad_id, graphs, bind):
+def row_lengths(loader, packing, total_steps, seconds=COUNTED_SECONDS):
+    """(the lengths of a run's rows, those of all ranks, as far as they can be laid out in that time; whether these are all).
+
+    The examples of a step are drawn at random, so the first steps are a fair sample.
+    """
+    lengths, end = [], time.monotonic() + seconds
+    for step in range(total_steps):
+        epoch, index = divmod(step, loader.steps_per_epoch)
+        if not index:
+            steps = optimizer_steps(loader.sizes, *loader.shape, loader.seed, epoch)
+        for part in chain.from_iterable(next(steps)):
+            lengths.append(len(tree_row([loader.examples[i] for i in part], packing == "prefix")["input_ids"]))
+        if time.monotonic() > end:
+            return lengths, step + 1 == total_steps
+    return lengths, True
+
+
+def compile_layers(model, loader, packing, pad_id, graphs, bind, total_steps):
     """Compile a PEFT model's layers for the rows that `loader` gives; from then on it pads them to few lengths.
 
-    The lengths are the same on all ranks: those of rank 0's rows. A rank that met one later would compile it later,
-    and the others would wait.
+    Returns (those lengths, whether they are enough for all rows of the run). A row that is longer gets a length of its
+    own when it is met. The lengths are the same on all ranks: one that compiled alone would let the others wait.
     model.lora: the one trainable parameter. bind(flat): lets the layers compute with views of another in its place.
     """
-    lengths, rank, loader.rank = [], loader.rank, 0
-    for epoch in range(-(-SAMPLED_BATCHES // len(loader))):
-        loader.set_epoch(epoch)
-        batches = islice(loader, SAMPLED_BATCHES - epoch * len(loader))
-        lengths += [row["input_ids"].shape[1] for batch in batches for row in batch["rows"]]
-    loader.set_epoch(0)
-    loader.rank = rank
-    lengths = choose_lengths(lengths)
+    lengths, complete = from_main(lambda: row_lengths(loader, packing, total_steps))
+    lengths = choose_lengths(lengths, spare=not complete)
     model.compiled_layers = CompiledLayers(model, lengths, graphs, bind)
-    loader.collate = make_collate(packing, pad_id, lengths)
-    return lengths
+    loader.collate = make_collate(packing, pad_id, lengths, longer=next_length)
+    return lengths, complete
+
+
+def next_length(tokens):
+    """The row length for a row of so many tokens, more than were expected; it is said, since it costs a compilation."""
+    length = -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+    say(f"遇到更长的一行（{tokens} 个 token），为行长 {length} 再编译一次")
+    return length
 
 
 class CompiledLayers:
@@ -76,7 +98,6 @@ class CompiledLayers:
         self.masks, self.graphed, self.length = {}, {}, None  # length: of the row being computed, None: not compiled
         self.proven = False  # whether a compiled row has ever come out
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no two lengths are ever in use at once
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(lengths))
         self.originals = [layer.forward for layer in self.body.layers]
         self.compiled = [torch.compile(forward, dynamic=False) for forward in self.originals]
         for i, layer in enumerate(self.body.layers):
@@ -102,6 +123,7 @@ class CompiledLayers:
     def _make_mask(self, length, device):
         if length in self.masks:
             return
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * len(self.lengths))
         limits = torch.zeros(2, length, dtype=torch.int32, device=device)
 
         def sees(batch, head, q, k):
@@ -135,9 +157,18 @@ class CompiledLayers:
                     if length not in self.graphed:
                         self._make_mask(length, hidden_states.device)
                         longer = (0, 0, 0, length - self.length)
-                        self.graphed[length] = self._capture(length, [pad(tensor, longer) for tensor in inputs])
+                        self.graphed[length] = self._compiled(length, [pad(tensor, longer) for tensor in inputs])
             self.proven = True
         return _Replay.apply(self.graphed[self.length], *inputs, self.model.lora)
+
+    def _compiled(self, length, inputs):
+        """What _capture returns; lines say that it lives, how long it took, and whether an earlier run had compiled it."""
+        start, before = time.time(), _cache_hits()
+        with waiting(f"正在编译行长 {length}"):
+            captured = self._capture(length, inputs)
+        cached = "，取自以前的编译缓存" if _cache_hits() > before else ""
+        say(f"行长 {length} 编译好了，用了 {time.time() - start:.0f} 秒{cached}")
+        return captured
 
     def _capture(self, length, inputs):
         """Forward and backward through all layers as two CUDA graphs, for rows like `inputs` (hidden states, cos, sin).
@@ -186,6 +217,12 @@ class CompiledLayers:
             # a broken capture leaves torch's allocator unable to reuse memory
             raise UserError(f"CUDA graph capture failed ({str(error).splitlines()[0]}); use --compile=False") from None
         return _Captured(forward, backward, inputs, output.detach(), output_gradient, gradient)
+
+
+def _cache_hits():
+    """How many compiled graphs torch has found on the disk."""
+    counters = torch._dynamo.utils.counters
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def mask_buffers(enter, exit):

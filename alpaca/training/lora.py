@@ -98,7 +98,7 @@ def bind_lora(model, flat):
         module.weight = weight
 
 
-def compile_for_training(model, loader, args, pad_id, device):
+def compile_for_training(model, loader, args, pad_id, device, total_steps):
     """Compile the decoder layers for the loader's rows, as --compile says; one line says so, or why not."""
     if args.compile == "False":
         return
@@ -111,8 +111,10 @@ def compile_for_training(model, loader, args, pad_id, device):
         return
     # recomputing a layer for its gradient cannot be part of a captured graph
     graphs = not args.gradient_checkpointing
-    lengths = compile_layers(model, loader, args.packing, pad_id, graphs, bind=partial(bind_lora, model))
-    say(f"编译各层，行长 {', '.join(map(str, lengths))}；每种行长第一次出现时要等编译")
+    bind = partial(bind_lora, model)
+    lengths, complete = compile_layers(model, loader, args.packing, pad_id, graphs, bind, total_steps)
+    counted = "数过全部的行" if complete else "数过一部分的行，遇到更长的会再编译"
+    say(f"编译各层，行长 {', '.join(map(str, lengths))}（{counted}）；每种行长第一次出现时要等编译")
 
 
 @contextmanager

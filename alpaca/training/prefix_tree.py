@@ -24,11 +24,11 @@ MIN_SHARED = 4  # a shared node costs bookkeeping and attention blocks; shorter 
 # in which rows they stand
 
 
-def make_collate(packing, pad_id, lengths=(), bos_id=1):
+def make_collate(packing, pad_id, lengths=(), bos_id=1, longer=None):
     """A function from examples to rows, dicts of tensors as alpaca.training.loss.answer_loss takes them.
 
-    examples: objects with prompt_ids and answer_ids, lists of int. lengths: those to which rows are padded, ascending (a
-    longer row is left as it is).
+    examples: objects with prompt_ids and answer_ids, lists of int. lengths: those to which rows are padded, ascending; a
+    longer row is left as it is, or adds the length that longer(its tokens) gives.
     """
     if packing not in PACKINGS:
         raise UserError(f"--packing={packing}: expected {', '.join(PACKINGS)}")
@@ -37,7 +37,10 @@ def make_collate(packing, pad_id, lengths=(), bos_id=1):
 
     def collate(examples):
         row = tree_row(examples, packing == "prefix", bos_id)
-        i = bisect_left(lengths, len(row["input_ids"]))
+        tokens = len(row["input_ids"])
+        if longer and tokens > lengths[-1]:
+            lengths.append(longer(tokens))
+        i = bisect_left(lengths, tokens)
         return [to_tensors(row, *lengths[i : i + 1])]
 
     return collate

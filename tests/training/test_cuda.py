@@ -50,7 +50,8 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
     together = gradient(model, loader)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lengths = compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model))
+    lengths, complete = compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model), len(loader))
+    assert complete
     batches = list(loader)
     assert len({row["input_ids"].shape[1] for batch in batches for row in batch["rows"]} & set(lengths)) > 1
     for batch, reference in zip(batches, expected, strict=True):
@@ -70,7 +71,7 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
 def test_a_step_that_captures_has_the_dropout_of_one_that_replays(base_dir, graphs):
     model = add_lora(load_base(base_dir, torch.float32, "cuda"), lora_settings(lora_dropout=0.5))
     loader = TrainLoader(examples(96, 0), 8, 1, make_collate("prefix", 0), seed=1)
-    compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model))
+    compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model), len(loader))
 
     def step(batch, seed):
         torch.manual_seed(seed)

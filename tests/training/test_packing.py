@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from alpaca.common.errors import UserError
 from alpaca.training.batches import TrainLoader, added_tokens, eval_batches, optimizer_steps
-from alpaca.training.cuda_graphs import choose_lengths, compile_layers, mask_buffers
+from alpaca.training.cuda_graphs import choose_lengths, compile_layers, mask_buffers, next_length, row_lengths
 from alpaca.training.lora import lora_weights
 from alpaca.training.loss import answer_loss, model_inputs
 from alpaca.training.prefix_tree import (
@@ -121,11 +121,33 @@ def test_all_ranks_pad_to_the_same_lengths(lora_model):
     for rank in range(2):
         loader = TrainLoader(examples, 1, 1, make_collate("prefix", 0), 42, rank, 2)
         expected = [batch["rows"][0]["input_ids"] for batch in loader]
-        lengths.append(compile_layers(lora_model, loader, "prefix", 0, False, None))
+        lengths.append(compile_layers(lora_model, loader, "prefix", 0, False, None, 2 * loader.steps_per_epoch)[0])
         rows = [batch["rows"][0]["input_ids"] for batch in loader]
         assert all(torch.equal(a[0, : b.shape[1]], b[0]) for a, b in zip(rows, expected, strict=True))
         assert {row.shape[1] for row in rows} <= set(lengths[0])
     assert lengths[0] == lengths[1]
+
+
+def test_all_rows_of_a_run_are_counted_if_there_is_time(lora_model, capsys):
+    """Those of two epochs, accumulation and ranks included. Of a sample, a longer row brings a length of its own, and a line."""
+    examples = [example(draw, 3) for draw in range(50, 600, 10)]
+    loaders = [TrainLoader(examples, 2, 3, make_collate("prefix", 0), 42, rank, 2) for rank in range(2)]
+    met = [row["input_ids"].shape[1] for loader in loaders for batch in loader for row in batch["rows"]]
+    for loader in loaders:
+        loader.set_epoch(1)
+    met += [row["input_ids"].shape[1] for loader in loaders for batch in loader for row in batch["rows"]]
+    lengths, complete = row_lengths(loaders[0], "prefix", 2 * loaders[0].steps_per_epoch)
+    assert complete and sorted(lengths) == sorted(met)
+    first, complete = row_lengths(loaders[0], "prefix", 2 * loaders[0].steps_per_epoch, seconds=-1)
+    assert not complete and len(first) == 6 and set(first) <= set(met)
+
+    lengths = [128]
+    collate = make_collate("plain", 0, lengths, longer=next_length)
+    for draw in (60, 300, 200):
+        (row,) = collate([example(draw, 3)])
+        assert row["input_ids"].shape[1] in lengths
+    assert lengths == [128, 384]
+    assert capsys.readouterr().err.count("为行长 384 再编译一次") == 1
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -318,6 +340,7 @@ def test_an_empty_micro_batch_costs_nothing(lora_model, packing):
 def test_row_lengths_are_chosen_with_the_least_padding():
     assert choose_lengths([100, 120, 500, 510, 1000]) == [128, 512, 1024, 1152]
     assert choose_lengths([700] * 5) == [768, 896]
+    assert choose_lengths([100, 120, 500, 510, 1000], count=3, spare=False) == [128, 512, 1024]
     draw = random.Random(3)
     lengths = [draw.randint(300, 1400) for _ in range(200)]
     chosen = choose_lengths(lengths, 4)
