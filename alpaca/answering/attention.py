@@ -1,7 +1,8 @@
-"""Attention of a step: every token sees what all rows begin with, and of its own row what is in the slots up to it.
+"""Attention of a step: every token sees the prefix of its row, and what of the row is in the slots up to it.
 
-All tokens of a step stand end to end, as one row to transformers' layers. What they begin with is attended to once for
-all of them, their own tokens row by row; the two are one attention by the logarithms of what they sum up to.
+All tokens of a step stand end to end, as one row to transformers' layers, those of rows with the same prefix together.
+A prefix is attended to once for all of them, their own tokens row by row; the two are one attention by the logarithms
+of what they sum up to.
 Two ways to the same: `dense`, with products and masks, for any device and type; `flash`, torch's attention for rows of
 many lengths, which reads the slots in place, on CUDA in half precision.
 """
@@ -10,15 +11,16 @@ from collections import namedtuple
 
 import torch
 
-# What the layers are told, beside their own arguments. where: for each token, its place in the slots.
-Dense = namedtuple("Dense", "where groups")
+# What the layers are told, beside their own arguments. where: for each token, its place in the slots; spans: of each
+# prefix (its first token in the step, the end, its first place in `shared`, the end).
+Dense = namedtuple("Dense", "where groups spans")
 # tokens: of each row its tokens in the step, long [rows * longest]; slots: a slice of those of the rows, or their
 # numbers, or (first, width) of one row's; mask: 0 or -inf, [rows * heads, 1 or groups * longest, places]; real: which of
 # `tokens` are, the others fill up; None: all.
 Group = namedtuple("Group", "tokens slots mask real")
 # begins: where each row's tokens begin in the step, and the end; keys: where its slots begin; used: how many of its
-# places count; all_tokens, shared_keys: the same of the one row that all tokens and what they begin with are.
-Flash = namedtuple("Flash", "where begins keys used all_tokens shared_keys")
+# places count; spans: where each prefix's tokens begin in the step, and the end; shared_keys: the same in `shared`.
+Flash = namedtuple("Flash", "where begins keys used spans shared_keys")
 LONGEST_PART = 128  # tokens of one row in a step that flash attention computes: one block of its kernel
 
 
@@ -27,7 +29,7 @@ def step_attention(
 ):
     """transformers' attention interface, [1, heads, tokens, size] -> [1, tokens, heads, size], without gradients.
 
-    kept, shared: the slots of the layer, and what it keeps of what all rows begin with (Slots).
+    kept, shared: the slots of the layer, and what it keeps of the prefixes (Slots).
     """
     attend = _flash if isinstance(step, Flash) else _dense
     return attend(step, kept, shared, query[0], key[0], value[0], scaling).unsqueeze(0), None
@@ -44,7 +46,7 @@ def _dense(step, kept, shared, query, key, value, scaling):
     for memory, new in zip(kept, (key, value), strict=True):
         memory.flatten(0, 2).index_copy_(0, step.where, new.transpose(0, 1).flatten(0, 1))
     together = query.new_empty(tokens, heads, size)
-    sums = query.new_empty(tokens, heads, dtype=torch.float32) if shared.shape[2] else None
+    sums = query.new_empty(tokens, heads, dtype=torch.float32) if step.spans else None
     for group in step.groups:
         out, logarithms = _attend_group(kept, group, query, scaling)
         where, real = group.tokens, group.real
@@ -53,12 +55,13 @@ def _dense(step, kept, shared, query, key, value, scaling):
         together[where] = out
         if sums is not None:
             sums[where] = logarithms
-    if sums is None:
-        return together
-    grouped = query.reshape(len(shared[0]), -1, size)  # the heads that share a key, one behind the other
-    out, logarithms = _weighted(torch.bmm(grouped, shared[0].mT) * scaling, shared[1])
-    out, logarithms = out.view(heads, tokens, size).transpose(0, 1), logarithms.view(heads, tokens).T
-    return merged(together, sums, out, logarithms)
+    for begin, end, first, last in step.spans:
+        # the heads that share a key, one behind the other
+        grouped = query[:, begin:end].reshape(len(shared[0]), -1, size)
+        out, logarithms = _weighted(torch.bmm(grouped, shared[0][:, first:last].mT) * scaling, shared[1][:, first:last])
+        out, logarithms = out.view(heads, -1, size).transpose(0, 1), logarithms.view(heads, -1).T
+        together[begin:end] = merged(together[begin:end], sums[begin:end], out, logarithms)
+    return together
 
 
 def _attend_group(kept, group, query, scaling):
@@ -124,17 +127,17 @@ def write_and_attend(
 
 @torch.library.custom_op("alpaca::attend_shared", mutates_args=())
 def attend_shared(
-    shared: torch.Tensor, query: torch.Tensor, all_tokens: torch.Tensor, shared_keys: torch.Tensor, scaling: float
+    shared: torch.Tensor, query: torch.Tensor, spans: torch.Tensor, shared_keys: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to what all rows begin with, [2, tokens, heads, size], from every token. Returned as above."""
+    """Attend to the prefixes, [2, tokens, heads, size], from the tokens of each. Returned as above."""
     query = query.transpose(0, 1)
-    return _varlen(query, shared, all_tokens, shared_keys, None, shared.shape[1], False, scaling)
+    return _varlen(query, shared, spans, shared_keys, None, shared.shape[1], False, scaling)
 
 
 def _varlen(query, flat, begins, keys, used, longest, causal, scaling):
     more = {"num_splits": 1} if "num_splits" in str(torch.ops.aten._flash_attention_forward.default._schema) else {}
     # never 1: with it the op would fold the heads that share a key into tokens, and not return them so
-    most = LONGEST_PART if causal else len(query)
+    most = LONGEST_PART if causal else max(len(query), 2)
     out, sums, *_ = torch.ops.aten._flash_attention_forward(
         query, *flat, begins, keys, most, longest, 0.0, causal, False, scale=scaling, seqused_k=used, **more
     )
@@ -147,7 +150,7 @@ def _(kept, query, key, value, where, begins, keys, used, scaling):
 
 
 @attend_shared.register_fake
-def _(shared, query, all_tokens, shared_keys, scaling):
+def _(shared, query, spans, shared_keys, scaling):
     return _like_varlen(query)
 
 
@@ -160,5 +163,7 @@ def _flash(step, kept, shared, query, key, value, scaling):
     out, sums = write_and_attend(kept, query, key, value, step.where, step.begins, step.keys, step.used, float(scaling))
     if not shared.shape[1]:
         return out
-    other, other_sums = attend_shared(shared, query, step.all_tokens, step.shared_keys, float(scaling))
+    other, other_sums = attend_shared(shared, query, step.spans, step.shared_keys, float(scaling))
+    # of a prefix without tokens, flash attention says +inf
+    other_sums = torch.where(other_sums == float("inf"), float("-inf"), other_sums)
     return merged(out, sums.T, other, other_sums.T)

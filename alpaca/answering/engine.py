@@ -6,45 +6,87 @@ import torch
 
 from alpaca.answering.attention import LONGEST_PART, flash_works
 from alpaca.answering.grammar import forbid
-from alpaca.answering.graphs import CapturedStepper
+from alpaca.answering.graphs import CapturedStepper, step_sizes
+from alpaca.answering.prefixes import find_prefixes
 from alpaca.answering.row import Row
 from alpaca.answering.slots import Slots
 from alpaca.answering.step import Part, Stepper
 from alpaca.common.console import say
+from alpaca.common.errors import UserError
 
 FILLING = 0.75  # of the way from one captured size to the next: a step that goes no further waits with what is beyond
 MARGIN = 8  # places that a new row gets beyond its prompt, so that it need not move at once
-# What capturing the steps costs, a second or less a size, so many rows win back; and so many that of compiling too.
-CAPTURE_ROWS, COMPILE_ROWS = 128, 1024
+# To capture a size costs as much time as three steps that are launched operation by operation, and a captured step saves
+# four fifths of one. So it is done where so many steps are still to come for each size; a row is taken for so many.
+CAPTURE_STEPS, ROW_STEPS = 8, 8
+COMPILE_ROWS = 16384  # to compile a size takes seconds, and saves some 0.8 ms a row of a 7B
 STEP_TOKENS = 4096  # in a step that is not captured: their activations need memory as well
 
 
 class Engine:
-    """The rows that are being answered. rows: all that will be, at most `at_once` of them at a time."""
+    """The rows that are being answered. rows: all that will be, at most `at_once` of them at a time.
+
+    Where memory runs out they become fewer, and what was being answered goes on later. UserError if there is none for one.
+    """
 
     def __init__(self, model, tokenizer, rows, at_once, grammar=None, pick=None):
-        self.pieces, self.grammar, self.at_once = tokenizer.token_bytes, grammar, max(1, at_once)
+        self.model, self.pieces, self.grammar, self.at_once = model, tokenizer.token_bytes, grammar, max(1, at_once)
         self.pick = pick or (lambda logits: logits.max(dim=-1).indices)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
-        device, dtype, config = causal.lm_head.weight.device, causal.lm_head.weight.dtype, causal.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        flash = flash_works(device, dtype, size)
-        prefix = common_prefix([row.prompt for row in rows])
-        self.shared = len(prefix)
-        self.slots = Slots(config, device, dtype, rows, self.at_once, self.shared, not flash, spare=int(flash))
-        self.most = LONGEST_PART if flash else STEP_TOKENS  # tokens of one row in a step
+        self.device, self.dtype, self.config = causal.lm_head.weight.device, causal.lm_head.weight.dtype, causal.config
+        size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        self.flash = flash_works(self.device, self.dtype, size)
+        self.most_tokens = STEP_TOKENS
         # said: rows whose last token is not written down yet; behind: that waits until the next step is under way
-        self.rows, self.said, self.behind = [], [], False
-        if prefix:
-            self._read_prefix(model, prefix)
-        self.step, self.step_tokens = Stepper(model, self.slots, self.shared), STEP_TOKENS
-        if flash and len(rows) >= CAPTURE_ROWS:
-            self.capture(model, len(rows) >= COMPILE_ROWS)
+        self.rows, self.ended, self.said, self.behind = [], [], [], False
+        self._make_room(rows)
+
+    def _make_room(self, rows):
+        """Slots, prefixes and steps for these rows."""
+        while not self._tried(self._prepare, rows):
+            self._shrink()
+
+    def _tried(self, function, rows):
+        """Whether there was the memory for it."""
+        try:
+            function(rows)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _shrink(self):
+        """Answer fewer rows at once from now on."""
+        self.step = self.slots = None  # their memory
+        if self.at_once == 1:
+            raise UserError(
+                "there is no memory left for a single answer; free some, or give a smaller --max_new_tokens"
+            )
+        self.at_once, self.most_tokens = self.at_once // 2, max(self.most_tokens // 2, LONGEST_PART)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        say(f"内存不够，改为最多同时回答 {self.at_once} 条")
 
     @torch.inference_mode()
-    def capture(self, model, compiled):
+    def _prepare(self, rows):
+        prefixes, of_rows = find_prefixes([row.prompt for row in rows])
+        for row, prefix in zip(rows, of_rows, strict=True):
+            row.prefix = prefix
+        with torch.inference_mode(False):  # an operation that writes into them wants tensors that count their versions
+            spare = int(self.flash)
+            self.slots = Slots(self.config, self.device, self.dtype, rows, self.at_once, not self.flash, spare)
+        self.at_once = min(self.at_once, self.slots.count)
+        self.most = LONGEST_PART if self.flash else self.most_tokens  # tokens of one row in a step
+        self.step, self.step_tokens, self.behind = Stepper(self.model, self.slots), self.most_tokens, False
+        held = [self._read(prefix) for prefix in prefixes if prefix.tokens]
+        if held:
+            self.slots.share(prefixes, held)
+        steps = len(rows) * ROW_STEPS / self.at_once
+        if self.flash and steps >= CAPTURE_STEPS * len(step_sizes(self.at_once)):
+            self.capture(len(rows) >= COMPILE_ROWS)
+
+    def capture(self, compiled):
         try:
-            self.step = CapturedStepper(model, self.slots, self.shared, self.at_once, compiled)
+            self.step = CapturedStepper(self.model, self.slots, self.at_once, compiled)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.compile's errors are RuntimeErrors too
@@ -52,22 +94,34 @@ class Engine:
             return
         self.step_tokens, self.behind = self.step.sizes[-1], True
 
-    @torch.inference_mode()
-    def _read_prefix(self, model, prefix):
-        row, step = Row(-1, prefix, len(prefix)), Stepper(model, self.slots)
-        assert self.slots.give(row, len(prefix))  # they are all free
-        while row.read < len(prefix):
-            count = min(len(prefix) - row.read, self.most)
-            step([Part(row, count)])
+    def _read(self, prefix):
+        """The keys and values of a prefix."""
+        row = Row(-1, prefix.tokens, len(prefix.tokens))
+        assert self.slots.give(row, len(row.ids))  # they are all free
+        while row.read < len(row.ids):
+            count = min(len(row.ids) - row.read, self.most)
+            self.step([Part(row, count)])
             row.read += count
-        self.slots.share(row)
+        return self.slots.take_out(row)
 
-    @torch.inference_mode()
     def advance(self, waiting):
         """One step; waiting rows (a deque of Row) come in as there is room. Returns the rows that have ended."""
-        parts, ended = self._parts(waiting)
+        if not self._tried(self._advance, waiting):
+            self._shrink()
+            for row in self.rows:
+                row.first, row.width, row.read = None, 0, 0
+            waiting.extendleft(row for row in reversed(self.rows) if not row.over)
+            self.rows = []
+            if waiting:
+                self._make_room([*waiting])
+        ended, self.ended = self.ended, []
+        return ended
+
+    @torch.inference_mode()
+    def _advance(self, waiting):
+        parts = self._parts(waiting)
         logits = self.step(parts)[:, : len(self.pieces)] if parts else None
-        ended += self._write_down()  # of the step before, while a GPU computes this one
+        self._write_down()  # of the step before, while a GPU computes this one
         self._begin_ahead(waiting)
         for row, count in parts:
             row.read += count
@@ -75,13 +129,12 @@ class Engine:
         if complete:
             self._choose(complete, logits)
         if not self.behind:
-            ended += self._write_down()
+            self._write_down()
         for row in self.rows:
             if row.over:
                 self.slots.release(row)
         self.rows = [row for row in self.rows if not row.over]
         self._close_up()
-        return ended
 
     def _choose(self, rows, logits):
         """Take each row's next token."""
@@ -96,23 +149,21 @@ class Engine:
                 self.said.append(row)
 
     def _write_down(self):
-        """Note what was chosen. Returns the rows whose answers are whole."""
+        """Note what was chosen; the rows whose answers are whole have ended."""
         rows, self.said = self.said, []
         for row in rows:
             row.note(self.pieces)
-        return [row for row in rows if row.over]
+        self.ended += [row for row in rows if row.over]
 
     def _parts(self, waiting):
-        """(the parts of the next step, by slots; rows that have ended without one).
-
-        Each row's next token, then of the prompts as much as there is room for.
-        """
+        """The parts of the next step, by prefixes and slots: each row's next token, then of the prompts as much as there
+        is room for."""
         for row in [*self.rows]:
-            while row.first is not None and not self.slots.give(row, len(row.ids) - self.shared):
+            while row.first is not None and not self.slots.give(row, row.own(len(row.ids))):
                 last = self.rows.pop()  # has the least to lose; it goes on, or begins again, when there is room
                 self.slots.release(last)
                 waiting.appendleft(last)
-        room, parts, ended = self.step_tokens, [], []
+        room, parts = self.step_tokens, []
         for row in sorted(self.rows, key=lambda row: len(row.ids) - row.read > 1):
             if count := min(len(row.ids) - row.read, self.most, room):
                 parts.append(Part(row, count))
@@ -121,15 +172,15 @@ class Engine:
             row = waiting[0]
             self._begin(row)
             if row.over:
-                ended.append(waiting.popleft())
+                self.ended.append(waiting.popleft())
                 continue
-            if not self.slots.give(row, min(len(row.ids) + MARGIN, row.limit) - self.shared):
+            if not self.slots.give(row, row.own(min(len(row.ids) + MARGIN, row.limit))):
                 break
-            row.read = self.shared
+            row.read = len(row.prefix.tokens)
             self.rows.append(waiting.popleft())
             parts.append(Part(row, min(len(row.ids) - row.read, self.most, room)))
             room -= parts[-1].count
-        return sorted(self._filled(parts), key=lambda part: part.row.first), ended
+        return sorted(self._filled(parts), key=lambda part: (part.row.prefix.number, part.row.first))
 
     def _filled(self, parts):
         """A step of a captured size without the last tokens of prompts, where these would make it one that is half empty."""
@@ -164,12 +215,3 @@ class Engine:
         last = max((row.first for row in self.rows), default=0)
         if self.slots.by_heads and last - len(self.rows) > len(self.rows) // 4:
             self.slots.close_up(self.rows)
-
-
-def common_prefix(prompts):
-    """What all prompts begin with, without the last token of any; nothing where there is only one."""
-    if len(prompts) < 2:
-        return []
-    first, last = min(prompts), max(prompts)
-    longest = min(map(len, prompts)) - 1
-    return first[: next((i for i in range(longest) if first[i] != last[i]), longest)]

@@ -7,7 +7,7 @@ from collections import namedtuple
 import torch
 
 from alpaca.answering.attention import Flash
-from alpaca.answering.step import Stepper, lay_out
+from alpaca.answering.step import Stepper, lay_out, shared_keys
 
 SIZE_MULTIPLE = 128  # tokens of a step: a multiple of the tiles of matrix products
 TOKENS_PER_ROW = 8  # of a full step; while rows come and go, one that answers in few tokens needs about 6 a step
@@ -36,8 +36,8 @@ class CapturedStepper(Stepper):
     compiled: the layers are compiled too, once for each size. slots: with one spare slot.
     """
 
-    def __init__(self, model, slots, shared_tokens, at_once, compiled):
-        super().__init__(model, slots, shared_tokens)
+    def __init__(self, model, slots, at_once, compiled):
+        super().__init__(model, slots)
         self.rows, self.sizes = at_once, step_sizes(at_once)
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
         self.layers = self.body.layers
@@ -51,15 +51,13 @@ class CapturedStepper(Stepper):
     def _capture(self, size, pool):
         """A step of `size` tokens. Until it has been loaded, all of them are padding, which writes to the spare slot."""
         indices = torch.zeros(3 * size + self.rows, dtype=torch.long)
-        ints = torch.zeros(3 * self.rows + 2, dtype=torch.int32)
+        ints = torch.zeros(3 * self.rows + 3 + len(self.slots.prefixes), dtype=torch.int32)
         self._fill(size, indices, ints, [])
         sent, indices, ints = (indices.pin_memory(), ints.pin_memory()), indices.to(self.device), ints.to(self.device)
         ids, positions, where, last = indices.split([size, size, size, self.rows])
-        begins, keys, used = ints.split([self.rows + 1, self.rows + 1, self.rows])
-        constants = (
-            torch.tensor([0, n], dtype=torch.int32, device=self.device) for n in (size, self.slots.shared.shape[2])
-        )
-        step = Flash(where, begins, keys, used, *constants)
+        begins, keys, used, spans = ints.split([self.rows + 1, self.rows + 1, self.rows, len(self.slots.prefixes) + 1])
+        constant = torch.tensor(shared_keys(self.slots), dtype=torch.int32, device=self.device)
+        step = Flash(where, begins, keys, used, spans, constant)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -74,7 +72,7 @@ class CapturedStepper(Stepper):
 
     def _fill(self, size, indices, ints, parts):
         """Write the inputs of a step into host tensors. Returns how many logits it has."""
-        layout = lay_out(parts, self.slots.places, self.shared_tokens)
+        layout = lay_out(parts, self.slots)
         indices, ints, total, rows = indices.numpy(), ints.numpy(), len(layout.ids), len(parts)
         places = self.slots.places
         indices[:total], indices[size : size + total] = layout.ids, layout.positions
@@ -82,9 +80,10 @@ class CapturedStepper(Stepper):
         indices[2 * size + total : 3 * size] = self.slots.count * places
         indices[3 * size : 3 * size + len(layout.last)] = layout.last
         ints[: rows + 1], ints[rows + 1 : self.rows + 1] = layout.begins, total
-        keys, used = ints[self.rows + 1 : 2 * self.rows + 2], ints[2 * self.rows + 2 :]
+        keys, used = ints[self.rows + 1 : 2 * self.rows + 2], ints[2 * self.rows + 2 : 3 * self.rows + 2]
         keys[:rows], keys[rows:] = [row.first * places for row, _ in parts], (self.slots.count + 1) * places
-        used[:rows], used[rows:] = [row.read + count - self.shared_tokens for row, count in parts], 0
+        used[:rows], used[rows:] = [row.own(row.read + count) for row, count in parts], 0
+        ints[3 * self.rows + 2 :] = layout.prefix_begins
         return len(layout.last)
 
     def size_around(self, total):

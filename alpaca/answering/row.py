@@ -3,6 +3,7 @@
 from collections import namedtuple
 
 from alpaca.answering.grammar import checked
+from alpaca.answering.prefixes import NO_PREFIX
 from dataset import EOS, NO_ENTITY
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
@@ -16,11 +17,11 @@ NO_ANSWER = Answer(None, False, 0, 0, [], None)
 
 class Row:
     """A prompt on its way to an answer. ids: its tokens and the answer's; the keys and values of the first `read` of
-    them are kept, in the slots from `first` on."""
+    them are kept: those of its prefix once for many rows, its own in the slots from `first` on."""
 
     def __init__(self, number, prompt, limit, text=None):
         self.number, self.prompt, self.limit, self.text = number, prompt, limit, text
-        self.ids, self.read, self.first, self.width = list(prompt), 0, None, 0
+        self.ids, self.prefix, self.read, self.first, self.width = list(prompt), NO_PREFIX, 0, None, 0
         self.matcher, self.begun = None, False  # matcher: LLMatcher; a Future of one until the answer begins
         self.lines, self.scores, self.log_probability = [b""], [[]], 0.0  # scores: of the tokens of each line
         self.ended, self.stale, self.noted, self.said = False, 0, len(prompt), []  # said: not noted yet
@@ -38,6 +39,10 @@ class Row:
     @property
     def over(self):
         return self.ended or len(self.ids) >= self.limit
+
+    def own(self, tokens):
+        """How many of its first tokens are not its prefix."""
+        return tokens - len(self.prefix.tokens)
 
     def take(self, token, log_probability):
         """Go on with a token of the answer."""

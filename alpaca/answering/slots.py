@@ -7,6 +7,7 @@ are one piece of memory; a row that outgrows its slots takes the next one, or mo
 import torch
 
 from alpaca.answering.memory import free_memory
+from alpaca.answering.prefixes import NO_PREFIX
 
 MEMORY_SHARE = 0.4  # of the free memory, for the slots
 PLACES = 16  # a slot holds a multiple of so many tokens
@@ -15,30 +16,37 @@ ANSWER_PLACES = 32  # what a short answer takes
 SLOTS_PER_ROW = 4  # at most, on average; rows for which there are none wait
 
 
-def slot_places(rows, shared):
-    """How many tokens a slot holds, that most of the rows need no second one. shared: tokens that all begin with."""
-    lengths = sorted(len(row.prompt) - shared for row in rows)
+def slot_places(rows):
+    """How many tokens a slot holds, that most of the rows need no second one."""
+    lengths = sorted(row.own(len(row.prompt)) for row in rows)
     usual = lengths[int(USUAL * (len(lengths) - 1))] + ANSWER_PLACES
-    longest = max(row.limit for row in rows) - shared
+    longest = longest_row(rows)
     return -(-max(min(usual, longest), 1) // PLACES) * PLACES
+
+
+def longest_row(rows):
+    """The most tokens of its own that a row may come to."""
+    return max(row.own(row.limit) for row in rows)
 
 
 class Slots:
     """`count` slots of `places` tokens each.
 
     kept: keys and values, [layers, 2, slots, places, heads, size]; by_heads: [layers, 2, slots, heads, places, size].
-    spare: how many slots there are beyond `count`, which no row takes: what padding leaves behind goes there.
+    shared: those of `prefixes`, one behind the other, [layers, 2, tokens, heads, size], or by heads. spare: how many slots there are beyond `count`, which no row takes: what padding leaves
+    behind goes there.
     """
 
-    def __init__(self, config, device, dtype, rows, at_once, shared, by_heads, spare=0):
+    def __init__(self, config, device, dtype, rows, at_once, by_heads, spare=0):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        self.places, self.by_heads = slot_places(rows, shared), by_heads
-        own = -(-(max(row.limit for row in rows) - shared) // self.places)  # slots of the longest row there may be
+        self.places, self.by_heads = slot_places(rows), by_heads
+        own = -(-longest_row(rows) // self.places)  # slots of the longest row there may be
+        longest = max(len(row.prefix.tokens) for row in rows)
         in_memory = int(MEMORY_SHARE * free_memory(device)) // (
             2 * layers * heads * size * dtype.itemsize * self.places
         )
-        least = max(own, -(-shared // self.places))  # one row can always end, and what is shared be read
+        least = max(own, -(-longest // self.places))  # one row can always end, and a prefix be read
         wanted = min(own, SLOTS_PER_ROW) * at_once
         if in_memory < wanted:  # a multiple, so that what was compiled for it fits a later one too
             wanted = in_memory // at_once * at_once or in_memory
@@ -47,16 +55,22 @@ class Slots:
         # Zeros: what a row has not written yet is multiplied by 0, and 0 times not-a-number would not be 0.
         self.kept = torch.zeros(layers, 2, self.count + spare, *shape, size, dtype=dtype, device=device)
         self.shared = self.kept.new_zeros(layers, 2, *((heads, 0) if by_heads else (0, heads)), size)
+        self.prefixes = [NO_PREFIX]
         self.taken = [False] * self.count
 
-    def share(self, row):
-        """Keep what a row holds as what all rows begin with, once."""
+    def take_out(self, row):
+        """A copy of what a row holds, shaped as `shared`; its slots are free again."""
         kept = self.kept[:, :, row.first : row.first + row.width]
         if self.by_heads:
-            self.shared = kept.transpose(2, 3).flatten(3, 4)[:, :, :, : row.read].contiguous()
+            held = kept.transpose(2, 3).flatten(3, 4)[:, :, :, : row.read].clone()
         else:
-            self.shared = kept.flatten(2, 3)[:, :, : row.read].contiguous()
+            held = kept.flatten(2, 3)[:, :, : row.read].clone()
         self.release(row)
+        return held
+
+    def share(self, prefixes, held):
+        """Keep these prefixes from now on. held: what take_out gave of a row of each."""
+        self.prefixes, self.shared = prefixes, torch.cat(held, dim=3 if self.by_heads else 2)
 
     def give(self, row, tokens):
         """Let a row have slots for so many tokens of its own, those that it holds included; False if there are none."""

@@ -1,6 +1,7 @@
 """One step: the tokens of many rows, end to end, through the model."""
 
 from collections import namedtuple
+from itertools import accumulate
 
 import torch
 from transformers import AttentionInterface
@@ -10,27 +11,30 @@ from alpaca.answering.attention import Dense, Flash, Group, step_attention
 # count: how many of a row's tokens a step computes, those behind the `row.read` that are kept.
 Part = namedtuple("Part", "row count")
 # ids, positions, where in the slots: of each token; last: the last token of each row that has nothing more to be read;
-# begins: where each part begins, and the end.
-Layout = namedtuple("Layout", "ids positions where last begins")
+# begins: where each part begins, and the end; prefix_begins: where the tokens of each prefix do, and the end.
+Layout = namedtuple("Layout", "ids positions where last begins prefix_begins")
 ALIGNED = 8  # places that a dense step looks at: a multiple, which kernels like
 
 
 class Stepper:
     """A causal LM and the slots that it writes into. Each call computes one step, as it comes."""
 
-    def __init__(self, model, slots, shared_tokens=0):
+    def __init__(self, model, slots):
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.body, self.head, self.slots = causal.model, causal.lm_head, slots
-        self.device, self.shared_tokens = self.head.weight.device, shared_tokens
+        self.device = self.head.weight.device
 
     def __call__(self, parts):
-        """Float32 logits [complete parts, vocabulary] of what follows each row that has nothing more to be read."""
-        lists = lay_out(parts, self.slots.places, self.shared_tokens)
+        """Float32 logits [complete parts, vocabulary] of what follows each row that has nothing more to be read.
+
+        parts: those of rows with the same prefix stand together, in the order of the prefixes.
+        """
+        lists = lay_out(parts, self.slots)
         ids, positions, where, last = (
             torch.tensor(values, dtype=torch.long, device=self.device) for values in lists[:4]
         )
         make = self._dense if self.slots.by_heads else self._flash
-        step = make(parts, positions, where, lists.begins)
+        step = make(parts, where, lists)
         return self.compute(ids, positions, step, last, self.body.layers)
 
     def compute(self, ids, positions, step, last, layers):
@@ -43,24 +47,25 @@ class Stepper:
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, **memory)
             return self.head(self.body.norm(hidden)[0, last]).float()
 
-    def _flash(self, parts, positions, where, begins):
+    def _flash(self, parts, where, lists):
         def ints(values):
             return torch.tensor(values, dtype=torch.int32, device=self.device)
 
         places = self.slots.places
         return Flash(
             where,
-            ints(begins),
+            ints(lists.begins),
             ints([*(row.first * places for row, _ in parts), len(self.slots.kept[0, 0]) * places]),
-            ints([row.read + count - self.shared_tokens for row, count in parts]),
-            ints([0, len(where)]),
-            ints([0, self.slots.shared.shape[2]]),
+            ints([row.own(row.read + count) for row, count in parts]),
+            ints(lists.prefix_begins),
+            ints(shared_keys(self.slots)),
         )
 
-    def _dense(self, parts, positions, where, begins):
+    def _dense(self, parts, where, lists):
         """Rows with one token together, and those with more; a row in several slots alone."""
-        own, one, more, groups = positions - self.shared_tokens, {}, [], []
-        for begin, (row, count) in zip(begins, parts, strict=False):
+        own = [row.own(i) for row, count in parts for i in range(row.read, row.read + count)]
+        own, one, more, groups = torch.tensor(own, device=self.device), {}, [], []
+        for begin, (row, count) in zip(lists.begins, parts, strict=False):
             if row.width > 1:
                 groups.append(self._group([(begin, row, count)], own, (row.first, row.width)))
             elif count > 1:
@@ -79,11 +84,14 @@ class Stepper:
         heads = self.slots.kept.shape[3]
         slot, place = where // self.slots.places, where % self.slots.places
         by_heads = slot.unsqueeze(1) * heads + torch.arange(heads, device=self.device)
-        return Dense((by_heads * self.slots.places + place.unsqueeze(1)).flatten(), groups)
+        keys = shared_keys(self.slots)
+        spans = zip(lists.prefix_begins, lists.prefix_begins[1:], keys, keys[1:], strict=False)
+        spans = [span for span in spans if span[0] < span[1] and span[2] < span[3]]
+        return Dense((by_heads * self.slots.places + place.unsqueeze(1)).flatten(), groups, spans)
 
     def _group(self, rows, own, slots, real=None):
         longest = max(count for _, _, count in rows)
-        visible = max(row.read + count for _, row, count in rows) - self.shared_tokens
+        visible = max(row.own(row.read + count) for _, row, count in rows)
         tokens = [begin + min(i, count - 1) for begin, _, count in rows for i in range(longest)]
         if real is None and any(count < longest for _, _, count in rows):
             real = [i < count for _, _, count in rows for i in range(longest)]
@@ -99,19 +107,26 @@ class Stepper:
         return Group(tokens, slots, mask, None if real is None else torch.tensor(real, device=self.device))
 
 
-def lay_out(parts, places, shared_tokens):
+def lay_out(parts, slots):
     """The tokens of the parts, end to end, as lists."""
     ids, positions, where, last, begins = [], [], [], [], [0]
+    counts = [0] * len(slots.prefixes)
     for row, count in parts:
         end = row.read + count
         ids += row.ids[row.read : end]
         positions += range(row.read, end)
-        first = row.first * places - shared_tokens
+        first = row.first * slots.places + row.own(0)
         where += range(first + row.read, first + end)
         begins.append(len(ids))
+        counts[row.prefix.number] += count
         if end == len(row.ids):
             last.append(len(ids) - 1)
-    return Layout(ids, positions, where, last, begins)
+    return Layout(ids, positions, where, last, begins, [0, *accumulate(counts)])
+
+
+def shared_keys(slots):
+    """Where each prefix begins in `shared`, and the end of the last."""
+    return [0, *accumulate(len(prefix.tokens) for prefix in slots.prefixes)]
 
 
 class attention_by_step:

@@ -49,7 +49,7 @@ def make_prompts(count=40):
 
 
 def engine_of(model, prompts, monkeypatch, capture, at_once=32):
-    monkeypatch.setattr(engine, "CAPTURE_ROWS", 1 if capture else 10**9)
+    monkeypatch.setattr(engine, "CAPTURE_STEPS", 0 if capture else 10**9)
     monkeypatch.setattr(engine, "COMPILE_ROWS", 1)
     rows = [Row(i, prompt, len(prompt) + 40) for i, prompt in enumerate(prompts)]
     made = Engine(model, Tokenizer, rows, at_once)
@@ -62,12 +62,13 @@ def logits_of(made, rows, order, most=128, beside=2):
     """The logits behind each prompt, read `most` tokens at a time, `beside` rows in a step."""
     found, todo = {}, [rows[i] for i in order]
     for row in todo:
-        assert made.slots.give(row, len(row.ids) - made.shared)
-        row.read = made.shared
+        assert made.slots.give(row, row.own(len(row.ids)))
+        row.read = len(row.prefix.tokens)
     while todo:
         parts = [Part(row, min(most, len(row.ids) - row.read)) for row in todo[:beside]]
-        logits, complete = made.step(sorted(parts, key=lambda part: part.row.first)).clone(), 0
-        for row, count in sorted(parts, key=lambda part: part.row.first):
+        parts.sort(key=lambda part: (part.row.prefix.number, part.row.first))
+        logits, complete = made.step(parts).clone(), 0
+        for row, count in parts:
             row.read += count
             if row.read == len(row.ids):
                 found[row.number] = logits[complete]
@@ -107,7 +108,7 @@ def test_float32_and_a_failing_capture_use_the_plain_step(monkeypatch, capsys, c
         raise RuntimeError("no graphs here")
 
     prompts = make_prompts(12)
-    monkeypatch.setattr(engine, "CAPTURE_ROWS", 1)
+    monkeypatch.setattr(engine, "CAPTURE_STEPS", 0)
     monkeypatch.setattr(engine, "CapturedStepper", fails)
     model = model_of("grouped", torch.bfloat16 if capture else torch.float32)
     rows = [Row(i, prompt, len(prompt) + 20) for i, prompt in enumerate(prompts)]

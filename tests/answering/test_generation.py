@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from alpaca.answering import engine, memory, slots
 from alpaca.answering import generate as generating
-from alpaca.answering.engine import Engine, common_prefix
+from alpaca.answering.engine import Engine
 from alpaca.answering.generate import generate, sampler, stream, without_template
 from alpaca.answering.grammar import AnswerGrammar
+from alpaca.answering.prefixes import find_prefixes
 from alpaca.answering.row import Row
 from alpaca.answering.slots import Slots
 from alpaca.answering.step import Stepper
@@ -75,9 +76,12 @@ def rounded(answers):
 
 
 def test_answers_are_those_of_transformers(model, tokenizer, prompts):
-    """One example at a time, the full prompt, model.generate: the same tokens."""
-    found = answers(model, tokenizer, prompts[0])
-    for prompt, answer in zip(prompts[0], found, strict=True):
+    """One example at a time, the full prompt, model.generate: the same tokens. Some have another instruction."""
+    others = [build_prompt("说出下面文本里的人名，没有就说没有。", text) for text in prompts[1][::4]]
+    prompts = [*prompts[0][::2], *encode_prompts(tokenizer, others)]
+    assert len(find_prefixes(prompts)[0]) == 2
+    found = answers(model, tokenizer, prompts)
+    for prompt, answer in zip(prompts, found, strict=True):
         new = greedy(model, prompt)
         assert answer.ended == (EOS in new)
         assert answer.text == tokenizer.decode([token for token in new if token != EOS])
@@ -99,7 +103,7 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     monkeypatch.setattr(slots, "USUAL", 0)
     monkeypatch.setattr(slots, "ANSWER_PLACES", 1)
     token_bytes = 2 * 2 * 1 * 16 * 4  # layers, key and value, heads, size, float32
-    places = max(map(len, prompts)) - len(common_prefix(prompts)) + 24
+    places = max(map(len, prompts)) - len(find_prefixes(prompts)[0][0].tokens) + 24
     monkeypatch.setattr(slots, "free_memory", lambda device: 2 * places * token_bytes / slots.MEMORY_SHARE)
     put_off, release = [], Slots.release
     monkeypatch.setattr(Slots, "release", lambda self, row: put_off.append(row.over) or release(self, row))
@@ -228,11 +232,23 @@ def test_a_prompt_of_the_models_own_is_not_shown():
     assert list(without_template(iter([]))) == [] and list(without_template(iter([""]))) == [""]
 
 
-def test_common_prefix():
-    assert common_prefix([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3]]) == [1, 2]
-    assert common_prefix([[1, 2, 3], [1, 9, 3]]) == [1]
-    assert common_prefix([[1, 2, 3]] * 2) == [1, 2]
-    assert common_prefix([[1, 2, 3]]) == common_prefix([]) == []
+def test_prompts_share_what_those_of_their_instruction_do():
+    def shared(*prompts):
+        prefixes, of_prompts = find_prefixes(list(prompts))
+        assert [prefix.number for prefix in prefixes] == [*range(len(prefixes))]
+        assert [prefix.begin for prefix in prefixes] == [*accumulate([0] + [len(p.tokens) for p in prefixes[:-1]])]
+        return [list(prefix.tokens) for prefix in of_prompts]
+
+    assert shared([1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 3]) == [[1, 2]] * 3
+    assert shared([1, 2, 3], [1, 9, 3]) == [[1]] * 2
+    assert shared([1, 2, 3], [1, 2, 3]) == [[1, 2]] * 2
+    assert shared([5, 6], [7, 8]) == shared([5], [5, 6]) == [[]] * 2
+    assert shared([1, 2, 3]) == [[]] and shared() == []
+    head, first, second = [1, 2], [3, 4, *range(100, 130)], [3, 5, *range(200, 216)]
+    rows = [[*head, *middle, n, 0] for n in range(7) for middle in (first, second, [3, 9])]
+    expected = [[*head, *first], [*head, *second], [*head, 3]] * 7
+    assert shared(*rows) == expected
+    assert shared(*rows[:9]) == [[*head, 3]] * 9  # three rows of each are too few
 
 
 def test_confidence_is_the_mean_log_probability_under_the_constraint(model, tokenizer, prompts):
