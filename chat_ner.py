@@ -20,6 +20,7 @@ import torch
 
 from alpaca.answering.generate import sampler, stream, without_template
 from alpaca.answering.predictions import make_grammar
+from alpaca.answering.standby import Standby
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import SURROGATE
@@ -116,7 +117,7 @@ def main(args):
 
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, facts.get("labels"))
     query_prefix = facts.get("query_prefix", QUERY_PREFIX)
-    free = sampler(tokenizer, args.temperature, args.top_p, args.seed)
+    free, standby = sampler(tokenizer, args.temperature, args.top_p, args.seed), Standby(at_once=1)
 
     def answer(line, without_adapter=False):
         """Yield the answer to an input as it grows, each text beginning with the one before."""
@@ -126,7 +127,7 @@ def main(args):
         if grammar and query is not None and not without_adapter:
             rules = {"grammar": grammar, "text": query.removeprefix(query_prefix)}
         with model.disable_adapter() if adapter and without_adapter else contextlib.nullcontext():
-            texts = without_template(stream(model, tokenizer, ids, args.max_new_tokens, **rules))
+            texts = without_template(stream(model, tokenizer, ids, args.max_new_tokens, standby=standby, **rules))
             yield next(texts, "（输入超过模型的长度上限）")
             yield from texts
 

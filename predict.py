@@ -43,7 +43,7 @@ CONFIG = {
     "input_path": None,  # file of texts to predict: plain lines, JSON lines, a JSON array, CSV or .xlsx with a text column
     "output_path": None,  # file to write the results to, as JSON lines; None: print them
     "resume": False,  # True: continue after the rows that output_path already holds
-    "batch_size": 64,  # most texts answered at once; fewer where memory is short
+    "batch_size": "auto",  # most texts answered at once; auto: 128 on a GPU, 64 on a CPU. Fewer where memory is short
     "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has

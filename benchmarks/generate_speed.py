@@ -8,24 +8,29 @@
 any length; so every answer is forced to be the right one, and lengths and masks are those of a good model.
 
 how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
-left, similar lengths together), ours (generate.py without a grammar), constrained (with it). LoRA is merged for
-all. Prints a table and writes benchmarks/results/generate_speed-<device>-<precision>.json, a list of {"how", "batch",
-"examples", "examples_per_second", "ms_per_step", "same_answers", "constraint_share", "setup_s", "bandwidth_share",
-"peak_gib"}.
+left, similar lengths together), ours (generate.py without a grammar), constrained (with it), apart (constrained, the
+LoRA beside the weights; last, since a model of 7B's shape is given one), vllm (with the Python that --vllm_python
+names: a 7B of random weights, answers of the right lengths). LoRA is merged for the others. Prints a table and writes
+benchmarks/results/generate_speed-<device>-<precision>.json, a list of {"how", "batch", "examples",
+"examples_per_second", "ms_per_step", "same_answers", "constraint_share", "setup_s", "first_cold_s", "first_warm_s",
+"bandwidth_share", "peak_gib"}.
 
 same_answers: the share of answers that equal single's. constraint_share: the share of the time that the host spends on the
-grammar, much of it while a GPU computes. setup_s: seconds for compiling and capturing steps, which are not in the speed.
+grammar, much of it while a GPU computes. setup_s: seconds for compiling and capturing steps in the first of two runs; they
+are not in the speed, which is the second's. first_cold_s, first_warm_s: seconds until the first answer, setup included.
 bandwidth_share, on a GPU: a step must at least read the weights and the rows' cache from memory once; the share of the
 time that this takes at the rate at which the card copies memory. A step that also reads prompts has more to do.
 """
 
 import json
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -45,7 +50,7 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
-from benchmarks.speed_inputs import LABELS, random_7b, read_corpus
+from benchmarks.speed_inputs import LABELS, SHAPE_7B, random_7b, read_corpus
 from config_utils import run_script
 from dataset import EOS, encode_examples, read_examples
 
@@ -54,6 +59,8 @@ CONFIG = {
     "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b (random weights, 13 GB of memory)
     "batch": [64],  # rows at a time
     "how": ["single", "padded", "ours", "constrained"],  # see above
+    "compile": "auto",  # auto: layers are compiled where the work repays it | True: as for a long work
+    "vllm_python": None,  # the Python of an environment with vLLM, for --how=vllm
     "examples": 200,  # how many are answered; with --shape=7b: 20 times as many where a batch is
     "precision": "auto",  # auto | bf16 | fp16 | fp32
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's dev set
@@ -67,12 +74,12 @@ def examples_of(path):
     return [{**example, "text": text, "entities": None} for text, example in read_corpus(path)]
 
 
-def load(args, device):
+def load(args, device, merge=True):
     """(model, tokenizer, examples) as --shape and --corpus say."""
     if args.shape == "tiny":
         adapter, train_args, facts = find_adapter("demo", "auto")
         model, tokenizer = load_for_inference(
-            adapter, train_args, facts, None, None, args.precision, device, merge=True
+            adapter, train_args, facts, None, None, args.precision, device, merge=merge
         )
         path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
         return model, tokenizer, examples_of(path) if args.corpus else read_examples(path)
@@ -172,12 +179,37 @@ def watched(forced, examples):
             setattr(holder, name, value)
 
 
+def with_vllm(python, vocabulary, examples, batch):
+    """Examples a second of vLLM, which computes on the same GPU, in a process of its own."""
+    work = ROOT / "benchmarks" / "work"
+    lengths = [[example.prompt_ids, len(example.answer_ids)] for example in examples]
+    (work / "vllm_prompts.json").write_text(json.dumps(lengths), encoding="utf-8")
+    (work / "vllm_model").mkdir(exist_ok=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, **SHAPE_7B}
+    config |= {"num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+    (work / "vllm_model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    command = [python, Path(__file__).with_name("vllm_speed.py"), work, str(batch)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+    if result.returncode:
+        raise UserError(f"--vllm_python={python}: vLLM did not come to an end; what it says is above")
+    return json.loads([line for line in result.stdout.splitlines() if line.startswith("{")][-1])["examples_per_second"]
+
+
+def add_random_lora(model):
+    """The model with a LoRA of training's default size beside its weights, which changes nothing that is forced."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return PeftModel(model, LoraConfig(r=8, lora_alpha=32, target_modules=names), autocast_adapter_dtype=False).eval()
+
+
 def main(args):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     precision, forced = pick_precision(args.precision, device), args.shape == "7b"
     model, tokenizer, records = load(args, device)
     rate = copy_rate(device)
+    if "vllm" in args.how and not (forced and args.vllm_python):
+        raise UserError("--how=vllm needs --shape=7b and --vllm_python, the Python of an environment with vLLM")
     config = model.config
     read_once = sum(p.numel() * p.element_size() for p in [*model.model.layers.parameters(), model.lm_head.weight])
     size = config.hidden_size // config.num_attention_heads
@@ -186,28 +218,44 @@ def main(args):
     say(f"{name}, {precision}: {rate / 1e9:.0f} GB/s copied, {read_once / 1e9:.2f} GB of weights a step")
 
     results, single = [], None
-    for batch, how in [(1, "single"), *((batch, how) for batch in args.batch for how in args.how if how != "single")]:
-        if how not in args.how:
-            continue
+    if args.compile == "True":
+        engine.COMPILE_ROWS = 0
+    hows = [how for how in args.how if how not in ("single", "apart", "vllm")]
+    work = [(1, "single")] if "single" in args.how else []
+    work += [(batch, how) for batch in args.batch for how in hows]
+    work += [(batch, how) for how in ("apart", "vllm") if how in args.how for batch in args.batch]
+    for batch, how in work:
+        if how == "apart" and not hasattr(model, "peft_config"):
+            model = add_random_lora(model) if forced else load(args, device, merge=False)[0]
         chosen = records[: args.examples * (20 if forced and how != "single" else 1)]
         examples, texts = encode_examples(tokenizer, chosen), [record["text"] for record in chosen]
+        if how == "vllm":
+            model = None  # its memory is vLLM's now
+            torch.cuda.empty_cache()
+            speed = with_vllm(args.vllm_python, tokenizer.vocab_size, examples, batch)
+            results.append({"how": how, "batch": batch, "examples": len(chosen), "examples_per_second": speed})
+            continue
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for measured in (False, True):  # once for the warm-up
-            part = slice(None) if measured else slice(min(8, len(chosen)))
+        ours, firsts, setup = how not in ("single", "padded"), [], 0.0
+        # once for the warm-up; ours on a GPU twice, since the first run compiles and captures
+        for part in (slice(min(8, len(chosen))), *[slice(None)] * (1 + (ours and device == "cuda"))):
             with watched(forced, examples[part]) as counts:
                 wait(device)
                 start = time.perf_counter()
-                if how in ("single", "padded"):
+                if not ours:
                     answers = with_transformers(model, tokenizer, examples[part], batch, forced)
                 else:
                     prompts = [example.prompt_ids for example in examples[part]]
-                    rules = (grammar, texts[part]) if how == "constrained" else ()
-                    answers = [
-                        a.text for a in generating.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch, *rules)
-                    ]
+                    rules = (grammar, texts[part]) if how != "ours" else ()
+                    answers = []
+                    for answer in generating.generate(model, tokenizer, prompts, MAX_NEW_TOKENS, batch, *rules):
+                        if not answers:
+                            firsts.append(time.perf_counter() - start)
+                        answers.append(answer.text)
                 wait(device)
                 seconds = time.perf_counter() - start - counts["setup"]
+                setup = max(setup, counts["setup"])
         row = {
             "how": how,
             "batch": batch,
@@ -221,7 +269,8 @@ def main(args):
         if counts["steps"]:
             needed = counts["steps"] * read_once + counts["tokens_read"] * token_bytes
             row |= {"ms_per_step": round(1000 * seconds / counts["steps"], 2)}
-            row |= {"constraint_share": round(counts["constraint"] / seconds, 3), "setup_s": round(counts["setup"], 1)}
+            row |= {"constraint_share": round(counts["constraint"] / seconds, 3), "setup_s": round(setup, 1)}
+            row |= {"first_cold_s": round(firsts[1], 2), "first_warm_s": round(firsts[-1], 2)}
         if device == "cuda":
             row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
             row |= {"bandwidth_share": round(needed / rate / seconds, 3)} if counts["steps"] else {}

@@ -195,7 +195,7 @@ CHINESE = {
     "file of instruct data to test on; None: data/<data_name>/instruct_data/dev.txt": "测试用的指令数据；None：data/<data_name>/instruct_data/dev.txt",
     "what to ask of each text; None: what the adapter was trained with": "对每条文本问什么；None：与 LoRA 训练时相同",
     "entity types of the answers, joined by commas | none: no entities; None: the adapter's own": "答案里的实体类型，用逗号连接 | none：不是实体；None：与 LoRA 训练时相同",
-    "most texts answered at once; fewer where memory is short": "最多同时回答几条；内存不够时自动减少",
+    "most texts answered at once; auto: 128 on a GPU, 64 on a CPU. Fewer where memory is short": "最多同时回答几条；auto：GPU 上 128，CPU 上 64。内存不够时自动减少",
     "ner: score entities | exact: share of answers equal to the right one | none: only write predictions": "ner：按实体算分 | exact：与标准答案一字不差的比例 | none：只写预测",
     "most tokens of an answer; answers cut there are counted and reported": "答案最多几个 token；被截断的会计数并报告",
     "True: answers name only parts of the text and known types | False: anything | auto: True for NER": "True：答案里只能有原文的片段和已知的类型 | False：什么都可以 | auto：NER 的 LoRA 是 True",

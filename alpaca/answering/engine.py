@@ -10,6 +10,7 @@ from alpaca.answering.graphs import CapturedStepper, step_sizes
 from alpaca.answering.prefixes import find_prefixes
 from alpaca.answering.row import Row
 from alpaca.answering.slots import Slots
+from alpaca.answering.standby import adapter_in_use
 from alpaca.answering.step import Part, Stepper
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
@@ -26,17 +27,19 @@ STEP_TOKENS = 4096  # in a step that is not captured: their activations need mem
 class Engine:
     """The rows that are being answered. rows: all that will be, at most `at_once` of them at a time.
 
+    The model is merged, or PEFT's layers compute with the adapter in use, or without. standby: where slots and captured
+    steps come from, and go back to with `close`.
     Where memory runs out they become fewer, and what was being answered goes on later. UserError if there is none for one.
     """
 
-    def __init__(self, model, tokenizer, rows, at_once, grammar=None, pick=None):
+    def __init__(self, model, tokenizer, rows, at_once, grammar=None, pick=None, standby=None):
         self.model, self.pieces, self.grammar, self.at_once = model, tokenizer.token_bytes, grammar, max(1, at_once)
         self.pick = pick or (lambda logits: logits.max(dim=-1).indices)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.device, self.dtype, self.config = causal.lm_head.weight.device, causal.lm_head.weight.dtype, causal.config
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         self.flash = flash_works(self.device, self.dtype, size)
-        self.most_tokens = STEP_TOKENS
+        self.most_tokens, self.standby = STEP_TOKENS, standby
         # said: rows whose last token is not written down yet; behind: that waits until the next step is under way
         self.rows, self.ended, self.said, self.behind = [], [], [], False
         self._make_room(rows)
@@ -57,6 +60,7 @@ class Engine:
     def _shrink(self):
         """Answer fewer rows at once from now on."""
         self.step = self.slots = None  # their memory
+        self.captured = {}
         if self.at_once == 1:
             raise UserError(
                 "there is no memory left for a single answer; free some, or give a smaller --max_new_tokens"
@@ -71,28 +75,42 @@ class Engine:
         prefixes, of_rows = find_prefixes([row.prompt for row in rows])
         for row, prefix in zip(rows, of_rows, strict=True):
             row.prefix = prefix
-        with torch.inference_mode(False):  # an operation that writes into them wants tensors that count their versions
-            spare = int(self.flash)
-            self.slots = Slots(self.config, self.device, self.dtype, rows, self.at_once, not self.flash, spare)
+        self.slots, self.captured = self.standby.take(rows, prefixes) if self.standby else (None, {})
+        if not self.slots:
+            with torch.inference_mode(
+                False
+            ):  # an operation that writes into them wants tensors that count their versions
+                spare = int(self.flash)
+                self.slots = Slots(self.config, self.device, self.dtype, rows, self.at_once, not self.flash, spare)
         self.at_once = min(self.at_once, self.slots.count)
         self.most = LONGEST_PART if self.flash else self.most_tokens  # tokens of one row in a step
         self.step, self.step_tokens, self.behind = Stepper(self.model, self.slots), self.most_tokens, False
         held = [self._read(prefix) for prefix in prefixes if prefix.tokens]
         if held:
             self.slots.share(prefixes, held)
-        steps = len(rows) * ROW_STEPS / self.at_once
-        if self.flash and steps >= CAPTURE_STEPS * len(step_sizes(self.at_once)):
-            self.capture(len(rows) >= COMPILE_ROWS)
+        adapter, count = adapter_in_use(self.model), len(rows)
+        if self.standby:
+            self.standby.rows[adapter] += count
+            count = self.standby.rows[adapter]
+        steps = count * ROW_STEPS / self.at_once
+        if self.flash and adapter not in self.captured and steps >= CAPTURE_STEPS * len(step_sizes(self.at_once)):
+            self.capture(adapter, count >= COMPILE_ROWS)
+        if adapter in self.captured:
+            self.step, self.behind = self.captured[adapter], True
+            self.step_tokens = self.step.sizes[-1]
 
-    def capture(self, compiled):
+    def capture(self, adapter, compiled):
         try:
-            self.step = CapturedStepper(self.model, self.slots, self.at_once, compiled)
+            self.captured[adapter] = CapturedStepper(self.model, self.slots, self.at_once, compiled)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.compile's errors are RuntimeErrors too
             say(f"CUDA graph 不可用，改为逐个算子计算: {str(error).splitlines()[0][:200]}")
-            return
-        self.step_tokens, self.behind = self.step.sizes[-1], True
+
+    def close(self):
+        """Nothing is asked any more."""
+        if self.standby and self.slots:
+            self.standby.put(self.slots, self.captured)
 
     def _read(self, prefix):
         """The keys and values of a prefix."""

@@ -3,6 +3,7 @@
 import functools
 from bisect import bisect_left, bisect_right
 from collections import namedtuple
+from itertools import accumulate
 
 import torch
 
@@ -30,20 +31,25 @@ def step_sizes(at_once):
     )
 
 
+def compile_layers(layers, **options):
+    """What to call for each layer of a model: their class's forward, compiled once for all of them and each size. What
+    training has put in place of a layer's own forward is left out."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    forward = torch.compile(type(layers[0]).forward, dynamic=False, **options)
+    return [functools.partial(forward, layer) for layer in layers]
+
+
 class CapturedStepper(Stepper):
     """A Stepper whose steps are replayed; all sizes are captured at once, when it is made.
 
-    compiled: the layers are compiled too, once for each size. slots: with one spare slot.
+    compiled: the layers are compiled too, once for each size. slots: with one spare slot. prefixes: for how many it is.
     """
 
     def __init__(self, model, slots, at_once, compiled):
         super().__init__(model, slots)
         self.rows, self.sizes = at_once, step_sizes(at_once)
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
-        self.layers = self.body.layers
-        if compiled:
-            forward = torch.compile(type(self.layers[0]).forward, dynamic=False)
-            self.layers = [functools.partial(forward, layer) for layer in self.layers]
+        self.prefixes = 2 ** (len(slots.prefixes) - 1).bit_length()
+        self.layers = compile_layers(self.body.layers) if compiled else self.body.layers
         pool = torch.cuda.graph_pool_handle()  # no two sizes are in use at once
         largest_first = [(size, self._capture(size, pool)) for size in reversed(self.sizes)]
         self.captured = dict(largest_first)
@@ -51,13 +57,11 @@ class CapturedStepper(Stepper):
     def _capture(self, size, pool):
         """A step of `size` tokens. Until it has been loaded, all of them are padding, which writes to the spare slot."""
         indices = torch.zeros(3 * size + self.rows, dtype=torch.long)
-        ints = torch.zeros(3 * self.rows + 3 + len(self.slots.prefixes), dtype=torch.int32)
+        ints = torch.zeros(3 * self.rows + 2 + 2 * (self.prefixes + 1), dtype=torch.int32)
         self._fill(size, indices, ints, [])
         sent, indices, ints = (indices.pin_memory(), ints.pin_memory()), indices.to(self.device), ints.to(self.device)
         ids, positions, where, last = indices.split([size, size, size, self.rows])
-        begins, keys, used, spans = ints.split([self.rows + 1, self.rows + 1, self.rows, len(self.slots.prefixes) + 1])
-        constant = torch.tensor(shared_keys(self.slots), dtype=torch.int32, device=self.device)
-        step = Flash(where, begins, keys, used, spans, constant)
+        step = Flash(where, *self._parted(ints))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -79,12 +83,18 @@ class CapturedStepper(Stepper):
         indices[2 * size : 2 * size + total] = layout.where
         indices[2 * size + total : 3 * size] = self.slots.count * places
         indices[3 * size : 3 * size + len(layout.last)] = layout.last
-        ints[: rows + 1], ints[rows + 1 : self.rows + 1] = layout.begins, total
-        keys, used = ints[self.rows + 1 : 2 * self.rows + 2], ints[2 * self.rows + 2 : 3 * self.rows + 2]
+        begins, keys, used, *prefixes = self._parted(ints)
+        begins[: rows + 1], begins[rows + 1 :] = layout.begins, total
         keys[:rows], keys[rows:] = [row.first * places for row, _ in parts], (self.slots.count + 1) * places
         used[:rows], used[rows:] = [row.own(row.read + count) for row, count in parts], 0
-        ints[3 * self.rows + 2 :] = layout.prefix_begins
+        for part, values in zip(prefixes, (layout.prefix_begins, shared_keys(self.slots)), strict=True):
+            part[: len(values)], part[len(values) :] = values, values[-1]
         return len(layout.last)
+
+    def _parted(self, ints):
+        """The parts of `ints` that are Flash's but the first."""
+        ends = list(accumulate([self.rows + 1, self.rows + 1, self.rows, self.prefixes + 1, self.prefixes + 1]))
+        return [ints[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
 
     def size_around(self, total):
         """The captured sizes next to `total`: (that or the next below, that or the next above); 0 where none is below."""

@@ -17,7 +17,9 @@ def make_grammar(constrained, adapter, tokenizer, labels):
     return AnswerGrammar(tokenizer, labels)
 
 
-def predict_rows(model, tokenizer, examples, labels, max_new_tokens=512, batch_size=64, grammar=None, nested=False):
+def predict_rows(
+    model, tokenizer, examples, labels, max_new_tokens=512, batch_size="auto", grammar=None, nested=False, standby=None
+):
     """Yield the row of predictions.jsonl of each example (dataset.read_examples), in order.
 
     A row: {"text", "answer", "prediction", "entities", "log_probability"}, "gold" where there is a right answer and
@@ -27,7 +29,7 @@ def predict_rows(model, tokenizer, examples, labels, max_new_tokens=512, batch_s
     """
     prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
     texts = [example["text"] for example in examples]
-    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts)
+    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts, standby)
     for example, answer in zip(examples, answers, strict=True):
         yield _row(example, answer, labels, nested)
 

@@ -11,6 +11,7 @@ from alpaca.answering.prefixes import NO_PREFIX
 
 MEMORY_SHARE = 0.4  # of the free memory, for the slots
 PLACES = 16  # a slot holds a multiple of so many tokens
+SHARED_PLACES = 256  # the prefixes get a multiple of so many, so that what was compiled for one work fits another
 USUAL = 0.9  # so many of the prompts fit into one slot, with a short answer
 ANSWER_PLACES = 32  # what a short answer takes
 SLOTS_PER_ROW = 4  # at most, on average; rows for which there are none wait
@@ -68,9 +69,23 @@ class Slots:
         self.release(row)
         return held
 
+    @property
+    def shared_places(self):
+        return self.shared.shape[3 if self.by_heads else 2]
+
     def share(self, prefixes, held):
-        """Keep these prefixes from now on. held: what take_out gave of a row of each."""
-        self.prefixes, self.shared = prefixes, torch.cat(held, dim=3 if self.by_heads else 2)
+        """Keep these prefixes from now on. held: what take_out gave of a row of each. In the memory that there is, if it
+        is enough: captured steps read it."""
+        places, dim = sum(len(prefix.tokens) for prefix in prefixes), 3 if self.by_heads else 2
+        if places > self.shared_places:
+            room = places if self.by_heads else -(-places // SHARED_PLACES) * SHARED_PLACES
+            shape = [*self.shared.shape[:dim], room, *self.shared.shape[dim + 1 :]]
+            self.shared = self.kept.new_zeros(shape)
+        self.shared.narrow(dim, 0, places).copy_(torch.cat(held, dim=dim))
+        self.prefixes = prefixes
+
+    def release_all(self):
+        self.taken, self.prefixes = [False] * self.count, [NO_PREFIX]
 
     def give(self, row, tokens):
         """Let a row have slots for so many tokens of its own, those that it holds included; False if there are none."""

@@ -1,6 +1,7 @@
 """The base model of a folder, loaded for training or, with an adapter, for answering."""
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -64,9 +65,11 @@ def load_base(model_dir, dtype, device):
 
 def check_generation(args):
     """UserError for values of test's, predict's and chat's options that cannot be."""
-    for name in {"batch_size", "max_new_tokens"} & args.nested.keys():
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens={args.max_new_tokens}: expected 1 or more")
+    rows = str(args.nested.get("batch_size", "auto"))
+    if rows != "auto" and not (re.fullmatch("[0-9]+", rows) and int(rows) > 0):
+        raise UserError(f"--batch_size={rows}: expected 1 or more, or auto")
     if args.constrained not in ("auto", "True", "False"):
         raise UserError(f"--constrained={args.constrained}: expected auto, True, False")
     pick_precision(args.nested.get("precision", "auto"), "cuda" if torch.cuda.is_available() else "cpu")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from alpaca.answering.generate import stream, without_template
 from alpaca.answering.predictions import make_grammar, predict_rows
+from alpaca.answering.standby import Standby
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
@@ -51,7 +52,7 @@ class Models:
         alone = Choice(*find_adapter(args.data_name, "none", self.base))
         self.choices = {self.first: chosen, **adapters_on({self.base, own_base}), BASE: alone}
         self.peft_names = {self.first: "default"} if chosen.folder else {}  # of the adapters that are in memory
-        self.current, self.grammars = self.first, {}
+        self.current, self.grammars, self.standby = self.first, {}, Standby(args.batch_size)
         self.grammar(self.first)  # now, so that an impossible --constrained ends the command
 
     def labels(self, name):
@@ -105,7 +106,8 @@ class Models:
         parts = [part for cut in cuts for part in cut.parts]
         limits = self.args.max_new_tokens, self.args.batch_size
         nested = facts.get("nested", False)
-        steps = predict_rows(self.model, self.tokenizer, parts, labels, *limits, self.grammar(name), nested)
+        rules = self.grammar(name), nested, self.standby
+        steps = predict_rows(self.model, self.tokenizer, parts, labels, *limits, *rules)
         rows = []
         yield Answered(0, len(parts), None)
         for row in self._take_turns(name, steps):
@@ -116,7 +118,7 @@ class Models:
     def answer_question(self, name, question):
         """Yield the growing answer to free text."""
         (prompt,) = encode_prompts(self.tokenizer, [build_prompt(question, "")])
-        growing = stream(self.model, self.tokenizer, prompt, self.args.max_new_tokens)
+        growing = stream(self.model, self.tokenizer, prompt, self.args.max_new_tokens, standby=self.standby)
         return self._take_turns(name, without_template(growing))
 
 

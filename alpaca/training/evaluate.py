@@ -5,16 +5,17 @@ import torch.distributed as dist
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.predictions import predict_rows
 from alpaca.scoring.metrics import score
-from alpaca.training.lora import merged_lora
+from alpaca.training.lora import for_answers
 
 
 def evaluate_f1(model, tokenizer, examples, labels):
     """Micro-F1 by string of a PEFT model that is being trained: what test.py will say of its adapter on these examples.
 
-    Every rank answers its part. In half precision the parts of several ranks round differently than test.py's batches.
+    Every rank answers its part. The LoRA is not merged, so that no weight is copied. In half precision that, and the
+    parts of several ranks, round differently than test.py's answers.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    with merged_lora(model):
+    with for_answers(model):
         mine = examples[rank::ranks]
         rows = list(predict_rows(model, tokenizer, mine, labels, grammar=AnswerGrammar(tokenizer, labels)))
     parts = [rows]

@@ -1,4 +1,4 @@
-"""The LoRA of a model in training: added to its base, held as one parameter, compiled, merged for an evaluation."""
+"""The LoRA of a model in training: added to its base, held as one parameter, compiled, made ready for an evaluation."""
 
 from contextlib import contextmanager
 from functools import partial
@@ -6,7 +6,6 @@ from importlib.util import find_spec
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
@@ -118,20 +117,15 @@ def compile_for_training(model, loader, args, pad_id, device, total_steps):
 
 
 @contextmanager
-def merged_lora(model):
-    """A PEFT model whose LoRA is part of its weights meanwhile, as in test.py. Afterwards they are what they were, bit
-    for bit: taking the LoRA out again would leave rounding errors, so the weights are kept on the CPU."""
-    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)]
-    originals = [layer.weight.detach().to("cpu", copy=True) for layer in layers]
+def for_answers(model):
+    """A PEFT model that answers meanwhile, its LoRA beside its weights: what a step captures of it is gone afterwards."""
     training = model.training
     model.eval()
     if getattr(model, "lora_shapes", None):  # DeepSpeed may have moved what they are views of
         bind_lora(model, model.lora.detach())
-    model.merge_adapter()
     try:
         yield model
     finally:
-        model.unmerge_adapter()
-        for layer, original in zip(layers, originals, strict=True):
-            layer.weight.data.copy_(original)
         model.train(training)
+        if model.device.type == "cuda":
+            torch.cuda.empty_cache()  # training's graphs and the answers' slots are not of one pool

@@ -2,15 +2,18 @@
 
 import random
 from collections import deque
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from alpaca.answering import engine
 from alpaca.answering.engine import Engine
 from alpaca.answering.graphs import CapturedStepper
 from alpaca.answering.row import Row
+from alpaca.answering.standby import Standby
 from alpaca.answering.step import Part, Stepper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -92,6 +95,65 @@ def test_a_step_is_the_models_forward(monkeypatch, kind, capture):
     error = lambda logits: (logits - right).norm() / right.norm()  # noqa: E731
     assert error(logits_of(made, rows, some)) < 1.5 * error(theirs) < 0.1
     assert error(logits_of(made, rows, some, most=23, beside=5)) < 1.5 * error(theirs)
+
+
+def test_borders_of_captured_sizes(monkeypatch):
+    """Steps with one token less than a captured size, as many, and one more."""
+    prompts = make_prompts()
+    made, rows = engine_of(model_of("grouped", torch.bfloat16), prompts, monkeypatch, capture=True)
+    sizes, used = made.step.sizes, []
+    plain, around = Stepper(made.model, made.slots), CapturedStepper.size_around
+    monkeypatch.setattr(CapturedStepper, "size_around", lambda *args: used.append(around(*args)) or used[-1])
+    long = [row for row in rows if row.own(len(row.ids)) >= 126]
+    totals = (size + more for size in sizes for more in (-1, 0, 1))
+    for total in (1, *(total for total in totals if total <= sizes[-1])):
+        parts = []
+        for row in long:
+            count = min(total - sum(part.count for part in parts), 126)
+            if count:
+                assert made.slots.give(row, row.own(len(row.ids)))
+                row.read = len(row.ids) - count  # what stands before it is what an earlier turn left there
+                parts.append(Part(row, count))
+        with torch.inference_mode():
+            ours, theirs = made.step(parts).clone(), plain(parts)
+        assert used[-1][1] == next(size for size in sizes if size >= total)
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        for row in long:
+            made.slots.release(row)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_size_compiles_one_layer_once_for_each_adapter(monkeypatch, kind):
+    """No graph break; nothing is compiled or captured after that, in other calls neither. What is captured for an adapter
+    is of that adapter."""
+    monkeypatch.setattr(engine, "CAPTURE_STEPS", 0)
+    monkeypatch.setattr(engine, "COMPILE_ROWS", 1)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+    model = PeftModel(model_of(kind, torch.bfloat16), LoraConfig(**options), "one", autocast_adapter_dtype=False)
+    model.add_adapter("two", LoraConfig(**options), autocast_adapter_dtype=False)
+    model, standby, prompts, firsts = model.to("cuda", torch.bfloat16).eval(), Standby(32), make_prompts(), {}
+    for count, name in enumerate(("one", "two", "none", "two", "none", "one")):
+        if name != "none":
+            model.set_adapter(name)
+        with model.disable_adapter() if name == "none" else nullcontext():
+            rows = [Row(i, prompt, len(prompt) + 9) for i, prompt in enumerate(prompts)]
+            made = Engine(model, Tokenizer, rows, 32, standby=standby)
+            waiting, ended = deque(rows), []
+            while len(ended) < len(rows):
+                ended += made.advance(waiting)
+            ids = torch.tensor([prompts[0]], device="cuda")
+            with torch.inference_mode():
+                right = model(ids).logits[0, -1]
+        assert isinstance(made.step, CapturedStepper)
+        made.close()
+        firsts.setdefault(name, []).append([[*row.ids[len(row.prompt) :], 2][0] for row in rows])
+        assert right[firsts[name][0][0]] > right.max() - 0.1 * right.std()
+        assert counters["stats"]["unique_graphs"] == min(count + 1, 3) * len(made.step.sizes)
+    assert not counters["graph_break"]
+    assert all(first == again for first, again in firsts.values()) and len({str(f) for f in firsts.values()}) == 3
 
 
 def test_neighbours_slots_and_order_change_no_bit(monkeypatch):

@@ -1,12 +1,15 @@
 """Greedy answers are those of the model, whatever is computed together.     python -m pytest tests/answering/test_generation.py"""
 
+import copy
 import random
 from collections import Counter
+from contextlib import nullcontext
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from alpaca.answering import engine, memory, slots
@@ -17,7 +20,9 @@ from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.prefixes import find_prefixes
 from alpaca.answering.row import Row
 from alpaca.answering.slots import Slots
+from alpaca.answering.standby import Standby
 from alpaca.answering.step import Stepper
+from alpaca.common.errors import UserError
 from alpaca.models.tokenizer import load_tokenizer
 from dataset import EOS, build_prompt, encode_prompts
 from harness import INSTRUCTION, make_records
@@ -112,6 +117,79 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     # a prompt is read in parts, some beside others
     monkeypatch.setattr(engine, "STEP_TOKENS", 11)
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
+
+
+@pytest.mark.parametrize("constrained", [False, True])
+def test_without_memory_fewer_rows_go_on_where_they_were(model, tokenizer, prompts, monkeypatch, capsys, constrained):
+    """Once in the middle of a step, and once when its logits are there."""
+    prompts, texts = prompts[0], prompts[1] if constrained else None
+    expected = rounded(answers(model, tokenizer, prompts, texts))
+    holder, name = (engine, "forbid") if constrained else (Stepper, "compute")
+    original, calls = getattr(holder, name), []
+
+    def fails_once(*args):
+        calls.append(args)
+        if len(calls) == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(holder, name, fails_once)
+    assert rounded(answers(model, tokenizer, prompts, texts)) == expected
+    assert "最多同时回答 4 条" in capsys.readouterr().err
+    monkeypatch.setattr(Stepper, "compute", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match="no memory left for a single answer"):
+        answers(model, tokenizer, prompts)
+
+
+def test_adapters_apart_answer_as_merged_ones_and_none_as_the_base(model, tokenizer, prompts):
+    """Two adapters and none, in turn, with the slots of one standby."""
+    prompts = prompts[0][::3]
+
+    def adapted():
+        torch.manual_seed(7)
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+        peft_model = PeftModel(copy.deepcopy(model), LoraConfig(**options), "one")
+        peft_model.add_adapter("two", LoraConfig(**options))
+        return peft_model.eval()
+
+    apart, standby, found = adapted(), Standby(8), {}
+    for name in ("one", "two", "none", "one"):
+        if name != "none":
+            apart.set_adapter(name)
+        with apart.disable_adapter() if name == "none" else nullcontext():
+            found[name] = list(generate(apart, tokenizer, prompts, 24, 8, standby=standby))
+        slots = found.setdefault("slots", standby.slots)
+        assert slots is standby.slots and not any(slots.taken)
+    merged = {name: adapted() for name in ("one", "two")}
+    for name, other in merged.items():
+        other.set_adapter(name)
+    wholes = {name: other.merge_and_unload() for name, other in merged.items()} | {"none": model}
+    for name, whole in wholes.items():
+        assert rounded(found[name]) == rounded(answers(whole, tokenizer, prompts))
+    assert len({str(rounded(found[name])) for name in wholes}) == 3
+    assert standby.rows == {("one",): 2 * len(prompts), ("two",): len(prompts), (): len(prompts)}
+
+
+def test_bf16_differs_from_float32_as_transformers_does(model, tokenizer, prompts, monkeypatch):
+    """The logits behind the prompts and the first tokens of the answers; others are read beside them, and in parts."""
+    seen, choose = {}, Engine._choose
+
+    def noted(self, rows, logits):
+        seen.update({tuple(row.ids): line.clone() for row, line in zip(rows, logits, strict=True)})
+        choose(self, rows, logits)
+
+    monkeypatch.setattr(Engine, "_choose", noted)
+    monkeypatch.setattr(engine, "STEP_TOKENS", 29)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    answers(half, tokenizer, prompts[0][:6], max_new_tokens=3, batch_size=4)
+    assert len(seen) > 12
+    with torch.no_grad():
+        exact, theirs = (
+            torch.stack([kind(torch.tensor([ids])).logits[0, -1].float() for ids in seen]) for kind in (model, half)
+        )
+    ours = torch.stack(list(seen.values()))[:, : exact.shape[1]]
+    error, expected = ((logits - exact).norm() / exact.norm() for logits in (ours, theirs))
+    assert error < 1.5 * expected < 0.5
 
 
 CACHED = "active_file 100\ninactive_file 200\ntotal_active_file 10000\ntotal_inactive_file 20000\n"

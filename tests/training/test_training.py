@@ -30,7 +30,7 @@ from alpaca.training.adapter_writer import BestScore
 from alpaca.training.batches import TrainLoader
 from alpaca.training.checkpoints import checkpoint_to_resume
 from alpaca.training.evaluate import evaluate_f1
-from alpaca.training.lora import add_lora, check_options, merged_lora
+from alpaca.training.lora import add_lora, check_options
 from alpaca.training.loss import answer_loss, evaluate_loss
 from alpaca.training.prefix_tree import make_collate, pad_batch
 from alpaca.training.run_log import TrainLog, series_of
@@ -338,21 +338,6 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
     assert evaluate_f1(model, tokenizer, examples, facts["labels"]) == f1
     assert [len(rows) for rows in answered] == [5, 4]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_merging_for_a_while_changes_nothing(lora_model, examples):
-    """The views of one parameter, too: merged or not, the model says the same, and its weights come back bit for bit."""
-    ids = torch.tensor([examples[0].prompt_ids])
-    before = {name: tensor.clone() for name, tensor in lora_model.state_dict().items()}
-    with torch.no_grad():
-        apart = lora_model(input_ids=ids).logits
-        with merged_lora(lora_model):
-            merged = lora_model(input_ids=ids).logits
-        with lora_model.disable_adapter():
-            base = lora_model(input_ids=ids).logits
-    assert (merged - apart).abs().max() < 1e-4 < (base - apart).abs().max()
-    assert all(torch.equal(before[name], tensor) for name, tensor in lora_model.state_dict().items())
-    assert lora_model.training
 
 
 def test_what_can_be_resumed(tmp_path):
