@@ -15,6 +15,7 @@ from alpaca.answering.graphs import CapturedStepper
 from alpaca.answering.row import Row
 from alpaca.answering.standby import Standby
 from alpaca.answering.step import Part, Stepper
+from alpaca.training.lora import flatten_lora, for_answers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SHAPE = {
@@ -154,6 +155,24 @@ def test_a_size_compiles_one_layer_once_for_each_adapter(monkeypatch, kind):
         assert counters["stats"]["unique_graphs"] == min(count + 1, 3) * len(made.step.sizes)
     assert not counters["graph_break"]
     assert all(first == again for first, again in firsts.values()) and len({str(f) for f in firsts.values()}) == 3
+
+
+def test_a_model_in_training_answers_in_captured_steps(monkeypatch):
+    """Its LoRA is one parameter, which DeepSpeed has moved; afterwards its memory is free and it trains on."""
+    options = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"], "init_lora_weights": False}
+    model = PeftModel(model_of("llama", torch.bfloat16), LoraConfig(**options), autocast_adapter_dtype=False)
+    flatten_lora(model.to("cuda").train())
+    model.lora.data = model.lora.data.clone()
+    prompts, before = make_prompts(), torch.cuda.memory_allocated()
+    with for_answers(model):
+        made, rows = engine_of(model, prompts, monkeypatch, capture=True)
+        ours = logits_of(made, rows, range(9, 20))
+        with torch.inference_mode():
+            theirs = [model(torch.tensor([prompts[i]], device="cuda")).logits[0, -1].float() for i in range(9, 20)]
+        del made
+    theirs = torch.stack(theirs)
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    assert model.training and torch.cuda.memory_allocated() < before + 2**20 + ours.nbytes + theirs.nbytes
 
 
 def test_neighbours_slots_and_order_change_no_bit(monkeypatch):
