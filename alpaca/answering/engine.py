@@ -145,7 +145,7 @@ class Engine:
             row.read += count
         complete = [row for row, _ in parts if row.read == len(row.ids)]
         if complete:
-            self._choose(complete, logits)
+            self.choose(complete, logits)
         if not self.behind:
             self._write_down()
         for row in self.rows:
@@ -154,7 +154,7 @@ class Engine:
         self.rows = [row for row in self.rows if not row.over]
         self._close_up()
 
-    def _choose(self, rows, logits):
+    def choose(self, rows, logits):
         """Take each row's next token."""
         if self.grammar:  # a GPU is still computing the logits
             forbid(logits, self.grammar.masks([row.matcher for row in rows]))

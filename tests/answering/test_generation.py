@@ -172,13 +172,13 @@ def test_adapters_apart_answer_as_merged_ones_and_none_as_the_base(model, tokeni
 
 def test_bf16_differs_from_float32_as_transformers_does(model, tokenizer, prompts, monkeypatch):
     """The logits behind the prompts and the first tokens of the answers; others are read beside them, and in parts."""
-    seen, choose = {}, Engine._choose
+    seen, choose = {}, Engine.choose
 
     def noted(self, rows, logits):
         seen.update({tuple(row.ids): line.clone() for row, line in zip(rows, logits, strict=True)})
         choose(self, rows, logits)
 
-    monkeypatch.setattr(Engine, "_choose", noted)
+    monkeypatch.setattr(Engine, "choose", noted)
     monkeypatch.setattr(engine, "STEP_TOKENS", 29)
     half = copy.deepcopy(model).to(torch.bfloat16)
     answers(half, tokenizer, prompts[0][:6], max_new_tokens=3, batch_size=4)
