@@ -65,21 +65,28 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # Importing the libraries takes longer than most scripts' own work: a process does it once, and forks for each script. What
-# is ours is imported by the fork, which starts and ends like any process.
+# is ours is imported by the fork, which starts and ends like any process. DeepSpeed imports torch's compiler for an
+# optimizer that is not used, and more when an engine is made; matplotlib looks for fonts when it draws.
 FORKING = """
-import gc, json, os, runpy, signal, sys
+import gc, io, json, os, runpy, signal, sys
 import deepspeed, llguidance, matplotlib.figure, peft, torch, transformers
+import deepspeed.module_inject.auto_ep_layer, deepspeed.ops.op_builder.all_ops, peft.utils.transformers_weight_conversion
+from deepspeed.runtime.zero.muon import muon_optimizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend, Trainer
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+matplotlib.figure.Figure().savefig(io.BytesIO())
+get_checkpoint_conversion_mapping("llama")
 gc.freeze()  # else a fork looks at all of it once more when it ends, which takes longer than its work
 for line in sys.stdin:
     order = json.loads(line)
     pid = os.fork()
     if not pid:
         break
+    print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 else:
     sys.exit()
-signal.alarm(300)
+signal.alarm(600)
 for number, name in enumerate(("stdin", "stdout", "stderr")):
     os.dup2(os.open(order[name], os.O_RDWR), number)
 sys.stdin = open(0, encoding="utf-8", errors="surrogateescape")
@@ -88,6 +95,15 @@ os.environ.clear()
 os.environ.update(order["env"])
 sys.argv = order["argv"]
 sys.path[0] = os.path.dirname(sys.argv[0])
+exec(order["before"], {})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+# The same without a fork: what is done before stands in its middle.
+NOT_FORKING = """
+import os, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(sys.argv[0])
+{}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -99,16 +115,31 @@ def forking():
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
 
 
-def run_forked(argv, cwd, env, stdin):
+def run_forked(argv, cwd, env, stdin, before, meanwhile):
     with tempfile.TemporaryDirectory() as folder:
         files = {name: Path(folder) / name for name in ("stdin", "stdout", "stderr")}
         for name, path in files.items():
             path.write_text(stdin if name == "stdin" else "", encoding="utf-8", errors="surrogateescape")
-        order = {"argv": argv, "cwd": str(cwd), "env": env, **{name: str(path) for name, path in files.items()}}
+        order = {"argv": argv, "cwd": str(cwd), "env": env, "before": before}
+        order |= {name: str(path) for name, path in files.items()}
         print(json.dumps(order), file=forking().stdin, flush=True)
+        meanwhile(int(forking().stdout.readline()))
         code = int(forking().stdout.readline())
         out, err = (files[name].read_text(encoding="utf-8") for name in ("stdout", "stderr"))
     return subprocess.CompletedProcess(argv, code, out, err)
+
+
+def run_new(command, cwd, env, stdin, meanwhile):
+    text = {"text": True, "encoding": "utf-8", "errors": "surrogateescape"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=cwd, env=env, **pipes, **text) as process:
+        try:
+            meanwhile(process.pid)
+            out, err = process.communicate(stdin, timeout=300)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def free_port():
@@ -118,28 +149,21 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run_script(script, *options, cwd, launcher=None, check=True, env=None, stdin=""):
+def run_script(
+    script, *options, cwd, launcher=None, check=True, env=None, stdin="", before="", meanwhile=lambda pid: None
+):
     """Run a script of the project as a user would; with check, a failure shows what it printed.
 
-    launcher: another command than python to run it with. A process that is to use CUDA cannot be a fork.
+    launcher: another command than python to run it with. before: Python code that its process runs first. meanwhile: is
+    called with the process's id while it runs. A process that is to use CUDA cannot be a fork.
     """
     argv = [str(ROOT / script), *map(str, options)]
     env = {**os.environ, "PYTHONUTF8": "1", **(env or {})}
     if launcher or os.path.exists("/dev/nvidiactl"):
-        command = [*map(str, launcher or [sys.executable]), *argv]
-        result = subprocess.run(
-            command,
-            cwd=cwd,
-            env=env,
-            input=stdin,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            errors="surrogateescape",
-            timeout=300,
-        )
+        plain = [sys.executable, "-c", NOT_FORKING.format(before)] if before else [sys.executable]
+        result = run_new([*map(str, launcher or plain), *argv], cwd, env, stdin, meanwhile)
     else:
-        result = run_forked(argv, cwd, env, stdin)
+        result = run_forked(argv, cwd, env, stdin, before, meanwhile)
     assert not check or result.returncode == 0, f"{script} {options}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
     return result
 

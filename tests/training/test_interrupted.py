@@ -20,18 +20,14 @@ from alpaca.training.steps import catch_signals, shared_state, with_learning_rat
 from harness import ROOT, free_port, needs_two_gpus, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
-# Runs a script with some names of alpaca.training.run replaced, which {patch} does.
+# What a run does before its script: replace some names.
 PATCHED = """
-import os, runpy, sys
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
+import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import alpaca.training.loss as loss
 import alpaca.training.run as run
-{patch}
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
-FAILING_EVALUATION = """
+FAILING_EVALUATION = f"""{PATCHED}
 def evaluate_loss(*args):
     raise RuntimeError("what the evaluation died of")
 run.evaluate_loss = evaluate_loss
@@ -66,16 +62,12 @@ finally:
     if second:
         print("rank 1:", os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]), file=sys.stderr)
 """
-NO_MEMORY = """
+NO_MEMORY = f"""{PATCHED}
 import torch
 def answer_loss(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory")
 loss.answer_loss = answer_loss
 """
-
-
-def patched(patch):
-    return [sys.executable, "-c", PATCHED.format(patch=patch)]
 
 
 def options(base_dir, instruct_data, run):
@@ -95,9 +87,9 @@ def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_pat
     since the last log, those before the failure included."""
     more = ["--log_steps=5", "--eval_steps=3", "--save_steps=99"]
     for run in ("whole", "cut"):
-        launcher = patched(FAILING_EVALUATION) if run == "cut" else None
+        before = FAILING_EVALUATION if run == "cut" else ""
         given = [*options(base_dir, instruct_data, tmp_path / run), *more]
-        result = run_script(f"{trainer}.py", *given, cwd=tmp_path, launcher=launcher, check=run == "whole")
+        result = run_script(f"{trainer}.py", *given, cwd=tmp_path, before=before, check=run == "whole")
     assert "what the evaluation died of" in result.stderr
     assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
     facts = json.loads((tmp_path / "cut" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
@@ -157,7 +149,7 @@ def test_weights_that_are_no_numbers_are_not_saved(base_dir, instruct_data, tmp_
 def test_a_gpu_without_room_is_one_line(base_dir, instruct_data, tmp_path, trainer):
     """Here an error that the loss raises; also the line before the first step, with the learning rate's default."""
     given = [option for option in options(base_dir, instruct_data, tmp_path / "run") if "params_lr" not in option]
-    result = run_script(f"{trainer}.py", *given, cwd=tmp_path, launcher=patched(NO_MEMORY), check=False)
+    result = run_script(f"{trainer}.py", *given, cwd=tmp_path, before=NO_MEMORY, check=False)
     error = error_of(result)
     assert "in this order: --train_batch_size=3 --gradient_accumulation_steps=2 (the same examples a step); " in error
     assert re.search(

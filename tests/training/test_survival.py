@@ -6,14 +6,12 @@ python -m pytest tests/training/test_survival.py
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -35,18 +33,15 @@ from config_utils import parse_config
 from harness import ROOT, assert_same_adapter, assert_same_rows, read_log, run_script, training_options
 
 TRAINERS = ("train_deepspeed", "train_trainer")
-# Runs a script, and kills it when the new adapter is about to be moved to where the old one was.
+# Kills a run when the new adapter is about to be moved to where the old one was.
 KILLED_BETWEEN_RENAMES = """
-import os, pathlib, runpy, signal, sys
+import os, pathlib, signal
 rename = pathlib.Path.rename
 def killed(self, target):
     if self.name == "adapter_model.new":
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
 pathlib.Path.rename = killed
-sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -61,25 +56,26 @@ def test_terminated_killed_and_resumed_equals_uninterrupted(workspace, base_dir,
     adapter are those of the run that nothing happened to, dropout included."""
     done, run = workspace / "checkpoint" / "mine" / trainer, tmp_path / "run"
     options = [*training_options(base_dir), f"--save_dir={run}"]
-    command = [sys.executable, str(ROOT / f"{trainer}.py"), *options]
-    with subprocess.Popen(command, cwd=workspace, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+
+    def interrupt(pid):
         log = run / "train_log.jsonl"
-        while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
+        while psutil.pid_exists(pid) and not (log.exists() and log.read_bytes().count(b"\n") >= 3):
             time.sleep(0.02)
-        process.send_signal(number)
-        stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number and f"收到 {number.name}" in stderr, stderr
+        os.kill(pid, number)
+
+    result = run_script(f"{trainer}.py", *options, cwd=workspace, meanwhile=interrupt, check=False)
+    assert result.returncode == 128 + number and f"收到 {number.name}" in result.stderr, result.stderr
     (folder,) = complete_checkpoints(run)
     stopped = checkpoints.step_of(folder)
     assert 3 <= stopped < 50 and len([r for r in read_log(run) if "loss" in r]) == stopped
 
-    launcher = [sys.executable, "-c", KILLED_BETWEEN_RENAMES]
-    result = run_script(f"{trainer}.py", *options, "--resume", cwd=workspace, launcher=launcher, check=False)
+    again = [*options, "--resume"]
+    result = run_script(f"{trainer}.py", *again, cwd=workspace, before=KILLED_BETWEEN_RENAMES, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (run / "adapter_model").exists()
     loaded = adapter_or_old(run / "adapter_model")
     assert json.loads((loaded / "train_args.json").read_text(encoding="utf-8"))["step"] == stopped
-    run_script(f"{trainer}.py", *options, "--resume", cwd=workspace)
+    run_script(f"{trainer}.py", *again, cwd=workspace)
     losses = [{row["step"]: row for row in read_log(where) if "loss" in row} for where in (run, done)]
     assert len(losses[0]) == 50
     assert_same_rows(list(losses[0].values()), list(losses[1].values()))
@@ -96,14 +92,9 @@ def test_full_disk_keeps_what_was_saved(workspace, base_dir, tmp_path, trainer, 
     (run / "adapter_model" / "of_before").touch()
     adapter_size = (run / "adapter_model" / "adapter_model.safetensors").stat().st_size
     assert (size < adapter_size) == (trainer == "train_deepspeed")
-    result = subprocess.run(
-        [sys.executable, str(ROOT / f"{trainer}.py"), *training_options(base_dir), f"--save_dir={run}", "--resume"],
-        cwd=workspace,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-    )
+    options = [*training_options(base_dir), f"--save_dir={run}", "--resume"]
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
+    result = run_script(f"{trainer}.py", *options, cwd=workspace, before=limit, check=False)
     (error,) = errors_of(result)
     what = "adapter_model" if trainer == "train_deepspeed" else "checkpoint-50"
     assert re.search(rf"{what}: cannot be written \(.*; free some space there, then go on with --resume", error), error
