@@ -41,7 +41,9 @@ from harness import (
     ROOT,
     assert_same_adapter,
     assert_same_rows,
+    free_port,
     lora_settings,
+    make_records,
     read_log,
     run_script,
     training_options,
@@ -195,20 +197,22 @@ def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_accumulation_gives_the_same_losses(workspace, base_dir, tmp_path, trainer):
-    options = ["--train_batch_size=3", "--gradient_accumulation_steps=2", "--max_steps=37", f"--save_dir={tmp_path}"]
-    same = ["--warmup_ratio=0", "--lora_dropout=0"]  # dropout draws for each micro-batch
-    run_script(f"{trainer}.py", *training_options(base_dir), *same, *options, cwd=workspace)
-    whole = tmp_path / "whole"
-    options = ["--max_steps=37", *same, "--train_batch_size=6", f"--save_dir={whole}"]
-    run_script(f"{trainer}.py", *training_options(base_dir), *options, cwd=workspace)
-    losses = [[row["loss"] for row in read_log(run) if "loss" in row] for run in (tmp_path, whole)]
-    assert len(losses[0]) == 37 and losses[0] == pytest.approx(losses[1], rel=1e-6)
+    """Over an epoch's end: 19 rows are three steps of 6, and one of 1, whose second micro-batch is empty."""
+    path = write_jsonl(tmp_path / "train.txt", make_records(19, 3))
+    same = [f"--train_path={path}", "--max_steps=6", "--warmup_ratio=0"]
+    same += ["--lora_dropout=0"]  # which draws for each micro-batch
+    shapes = {"parts": ["--train_batch_size=3", "--gradient_accumulation_steps=2"], "whole": ["--train_batch_size=6"]}
+    for run, shape in shapes.items():
+        options = [*training_options(base_dir), *same, *shape, f"--save_dir={tmp_path / run}"]
+        run_script(f"{trainer}.py", *options, cwd=workspace)
+    losses = [[row["loss"] for row in read_log(tmp_path / run) if "loss" in row] for run in shapes]
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_packing_does_not_change_the_losses(workspace, base_dir, tmp_path, trainer):
-    """30 steps of each layout: the same examples a step, the same losses."""
-    options = ["--max_steps=30", "--deepspeed_optimizer_params_lr=1e-4", "--eval_steps=-1", "--save_steps=99"]
+    """Eight steps of each layout: the same examples a step, the same losses."""
+    options = ["--max_steps=8", "--deepspeed_optimizer_params_lr=1e-4", "--eval_steps=-1", "--save_steps=99"]
     options += ["--lora_dropout=0"]  # which draws for each position of a row
     losses = {}
     for packing in ("prefix", "plain", "none"):
@@ -222,7 +226,7 @@ def test_packing_does_not_change_the_losses(workspace, base_dir, tmp_path, train
             cwd=workspace,
         )
         losses[packing] = [row["loss"] for row in read_log(run)]
-    assert len(losses["none"]) == 30 and losses["prefix"] != losses["none"]  # not the same arithmetic, the same numbers
+    assert len(losses["none"]) == 8 and losses["prefix"] != losses["none"]  # not the same arithmetic, the same numbers
     assert losses["prefix"] == pytest.approx(losses["none"], rel=1e-4)
     assert losses["plain"] == pytest.approx(losses["none"], rel=1e-4)
 
@@ -247,7 +251,7 @@ def test_launcher_and_no_compiler(workspace, base_dir, tmp_path, trainer):
         "--max_steps=3",
         "--safe_serialization=False",
         cwd=workspace,
-        launcher=[shutil.which("deepspeed"), "--num_accelerators=1"],
+        launcher=[shutil.which("deepspeed"), "--num_accelerators=1", f"--master_port={free_port()}"],
         env={"PATH": str(tools)},
     )
     weights = torch.load(save_dir / "adapter_model" / "adapter_model.bin", weights_only=True)
@@ -382,19 +386,20 @@ def test_what_can_be_resumed(tmp_path):
         ),
         (["--max_seq_length=8"], "no example fits into max_seq_length=8"),
         (["--resume=7"], "--resume=7: .*not a complete checkpoint"),
-        (["--deepspeed_json_path=wrong.json"], "train_micro_batch_size_per_gpu.*99.*train_batch_size.*12"),
+        (["--deepspeed_json_path={tmp_path}/wrong.json"], "train_micro_batch_size_per_gpu.*99.*train_batch_size.*12"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(workspace, base_dir, options, message):
+def test_bad_input_is_one_line_and_exit_code_2(workspace, base_dir, tmp_path, options, message):
     settings = {"train_micro_batch_size_per_gpu": 99, "optimizer": {"type": "Adam", "params": {"lr": 1e-3}}}
-    (workspace / "wrong.json").write_text(json.dumps(settings))
-    given = ["--data_name=mine", f"--model_dir={base_dir}", "--save_dir=checkpoint/bad", *options]
+    (tmp_path / "wrong.json").write_text(json.dumps(settings))
+    given = ["--data_name=mine", f"--model_dir={base_dir}", f"--save_dir={tmp_path}/run"]
+    given += [option.format(tmp_path=tmp_path) for option in options]
     result = run_script("train_deepspeed.py", *given, cwd=workspace, check=False)
     assert (workspace / "data" / "mine" / "instruct_data" / "train.txt").exists()
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert result.returncode == 2 and len(errors) == 1 and re.search(message, errors[0]), result.stderr
     assert "Traceback" not in result.stderr
-    assert not (workspace / "checkpoint" / "bad" / "adapter_model").exists()
+    assert not (tmp_path / "run" / "adapter_model").exists()
 
 
 @pytest.fixture
