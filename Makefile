@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON := python3
 FOUND = $(or $(shell $(PYTHON) --version 2>&1),not found)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# A worker a core, at most four. One thread each: for models this small a second only waits.
+PYTEST = OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
 
 demo: tiny
 	deepspeed train_trainer.py --num_train_epochs=1
@@ -16,11 +18,11 @@ tiny: .venv/installed
 	python process.py
 
 test: .venv/tools
-	python -m pytest
+	$(PYTEST)
 
-# Every room, and more than half of the tests, in two minutes (2026-11-28, 2 cores). One thread: for models this small a second only waits.
+# Every room, and more than half of the tests: two minutes in one process (2026-11-28, before the workers).
 quick: .venv/tools
-	OMP_NUM_THREADS=1 FUZZ=100 python -m pytest -m "not slow"
+	FUZZ=100 $(PYTEST) -m "not slow"
 
 reliability: tiny .venv/tools
 	python benchmarks/reliability.py

@@ -1,14 +1,18 @@
 """What the tests share: tokenizers in the shape of the real ones, a random model of two layers, instruct data."""
 
+import fcntl
+import functools
 import io
+import os
 import shutil
 import signal
+from contextlib import contextmanager
 
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from harness import lora_settings, make_records, run_script, training_options, write_jsonl
+from harness import ROOT, lora_settings, make_records, run_script, training_options, write_jsonl
 
 # Under nohup SIGHUP is ignored, which the commands respect; what is tested is what they do without it.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -18,12 +22,49 @@ SLOW_FIXTURES = {"workspace", "copy", "browser", "embedded"}
 
 
 def pytest_collection_modifyitems(items):
-    """slow: what uses those fixtures or runs a command with run_script of harness.py; a few tests carry the mark themselves."""
+    """slow: what uses those fixtures or runs a command with run_script of harness.py; a few tests carry the mark themselves.
+
+    These come first, so that no worker has a long test left when the others have ended.
+    """
     for item in items:
         called = item.function.__code__.co_names
         runs = "run_script" in called and item.function.__globals__["run_script"].__module__ == "harness"
         if runs or SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file that has a fixture for all of its tests goes to one worker, in its order; other tests go anywhere."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def has_common_fixture(file):
+        return '(scope="module"' in (ROOT / file).read_text(encoding="utf-8")
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if has_common_fixture(file) else nodeid
+
+    return Scheduling(config, log)
+
+
+@contextmanager
+def for_all_workers(tmp_path_factory, name):
+    """(folder, whether it is to be filled): a session's folder of this name, which the first worker fills for all."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, filled = base / name, base / f"{name}.filled"
+    with (base / f"{name}.lock").open("w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not filled.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed half way
+            folder.mkdir()
+        yield folder, not filled.exists()
+        filled.touch()
 
 
 # English, digits, punctuation and a few single Chinese characters, as in LLaMA's own vocabulary.
@@ -80,24 +121,31 @@ def _add_pieces(model: bytes, pieces) -> bytes:
 @pytest.fixture(scope="session")
 def tokenizer_models(tmp_path_factory):
     """A folder with base.model, merged.model (base + Chinese pieces, all of score 0) and alpaca.model (+ [PAD])."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    base = _base_model()
-    merged = _add_pieces(base, [*CHINESE_WORDS, *CHINESE_CHARACTERS])
-    alpaca = _add_pieces(merged, ["[PAD]"])
-    for name, model in {"base": base, "merged": merged, "alpaca": alpaca}.items():
-        (folder / f"{name}.model").write_bytes(model)
+    with for_all_workers(tmp_path_factory, "tokenizers") as (folder, empty):
+        if empty:
+            base = _base_model()
+            merged = _add_pieces(base, [*CHINESE_WORDS, *CHINESE_CHARACTERS])
+            alpaca = _add_pieces(merged, ["[PAD]"])
+            for name, model in {"base": base, "merged": merged, "alpaca": alpaca}.items():
+                (folder / f"{name}.model").write_bytes(model)
     return folder
 
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory, tokenizer_models):
     """A Hugging Face folder with a random LLaMA of two layers and the alpaca tokenizer."""
+    with for_all_workers(tmp_path_factory, "base") as (folder, empty):
+        if empty:
+            save_random_llama(folder, tokenizer_models)
+    return folder
+
+
+def save_random_llama(folder, tokenizer_models):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 
-    folder = tmp_path_factory.mktemp("models") / "base"
     save_tokenizer(tokenizer_models / "alpaca.model", folder)
     config = LlamaConfig(
         vocab_size=load_tokenizer(folder).vocab_size,
@@ -110,7 +158,6 @@ def base_dir(tmp_path_factory, tokenizer_models):
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).half().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -132,18 +179,20 @@ def lora_model(base_dir):
 @pytest.fixture(scope="session")
 def instruct_data(tmp_path_factory):
     """A folder with train.txt (205 records: no multiple of a batch) and dev.txt (31)."""
-    folder = tmp_path_factory.mktemp("instruct_data")
-    write_jsonl(folder / "train.txt", make_records(205, 1))
-    write_jsonl(folder / "dev.txt", make_records(31, 2))
+    with for_all_workers(tmp_path_factory, "instruct_data") as (folder, empty):
+        if empty:
+            write_jsonl(folder / "train.txt", make_records(205, 1))
+            write_jsonl(folder / "dev.txt", make_records(31, 2))
     return folder
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory, base_dir, instruct_data):
     """A folder as a user has it, with data/mine/instruct_data/ and both trainers' 50-step adapters in float32."""
-    folder = tmp_path_factory.mktemp("workspace")
-    (folder / "data" / "mine").mkdir(parents=True)
-    shutil.copytree(instruct_data, folder / "data" / "mine" / "instruct_data")
-    for script in ("train_deepspeed.py", "train_trainer.py"):
-        run_script(script, *training_options(base_dir), "--tensorboard", cwd=folder)
+    with for_all_workers(tmp_path_factory, "workspace") as (folder, empty):
+        if empty:
+            (folder / "data" / "mine").mkdir(parents=True)
+            shutil.copytree(instruct_data, folder / "data" / "mine" / "instruct_data")
+            for script in ("train_deepspeed.py", "train_trainer.py"):
+                run_script(script, *training_options(base_dir), "--tensorboard", cwd=folder)
     return folder
