@@ -26,7 +26,9 @@ def read_json_sentences(path, ends="exclusive"):
                     f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
                     "look at it with --audit_only"
                 ) from None
-            raise UserError(f"{place}: no key {error} (there are {', '.join(map(repr, record)) or 'none'}); {SEE}") from None
+            raise UserError(
+                f"{place}: no key {error} (there are {', '.join(map(repr, record)) or 'none'}); {SEE}"
+            ) from None
         yield Sentence(number, text, [Mark(*mark, number) for mark in marks])
 
 
