@@ -43,6 +43,7 @@ CONFIG = {
     "predictions_file": "predictions.txt",  # file for the answers to data_file, a JSON list of {"Input", "Output"}
     "gpus": "0",  # number of the GPU to use; the first is 0
     "only_cpu": False,  # True: compute on the CPU even where there is a GPU
+    "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
     "max_new_tokens": 512,  # most tokens of an answer; a longer one is cut
     "temperature": 0.0,  # randomness of free chat; 0: always the likeliest token, so the same answer every time
     "top_p": 1.0,  # 0 to 1; at a temperature above 0, draw from the likeliest tokens of this probability together
@@ -112,7 +113,7 @@ def main(args):
     output = open_output(args.predictions_file) if args.data_file else None
     device = pick_device(args.gpus, args.only_cpu)
     model, tokenizer = load_for_inference(
-        adapter, train_args, facts, args.base_model, args.tokenizer_path, device=device
+        adapter, train_args, facts, args.base_model, args.tokenizer_path, device=device, base_weights=args.base_weights
     )
 
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, facts.get("labels"))

@@ -47,6 +47,7 @@ CONFIG = {
     "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
+    "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
 }
 SAMPLES = [
     {"text": "中美两国的专家上周在杭州参观了临江大学，校长许文舟主持了座谈。",
@@ -109,7 +110,9 @@ def main(args):
     output = open_output(args.output_path) if args.output_path else None
     done = rows_written(args.output_path, [e["text"] for e in examples]) if args.resume else 0
     model, tokenizer = load_for_inference(
-        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
+        *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
+        merge=True,
+        base_weights=args.base_weights,
     )
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
     waiting = progress(examples[done:], desc="切分", unit="条")

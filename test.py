@@ -45,6 +45,7 @@ CONFIG = {
     "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
+    "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
     "max_examples": -1,  # test only the first N examples; -1: all
 }
 WRITTEN = {  # metric -> files
@@ -85,7 +86,9 @@ def main(args):
     remedy = "give a copy of the adapter in another folder: --lora_model=…" if adapter else "make its folder writable"
     file = open_output(out / "predictions.jsonl", remedy)
     model, tokenizer = load_for_inference(
-        adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, merge=True
+        *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
+        merge=True,
+        base_weights=args.base_weights,
     )
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
 

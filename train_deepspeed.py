@@ -46,6 +46,7 @@ CONFIG = {
     "num_train_epochs": 3,  # passes over the training data
     "max_steps": -1,  # stop after this many optimizer steps; -1: after num_train_epochs
     "warmup_ratio": 0.03,  # share of the steps in which the learning rate rises, 0 to 1; then it falls linearly to 0
+    "base_weights": "full",  # full | nf4 (4 bits) | fp8 (8 bits): how the frozen base is held; nf4 needs requirements-nf4.txt
     "gradient_checkpointing": False,  # True: compute activations again instead of keeping them; less memory, slower
     "compile": "auto",  # auto | True | False: compile the layers and replay them as CUDA graphs; auto: where that is possible
     "seed": 42,  # random seed of LoRA's first weights, the order of the data and dropout

@@ -40,6 +40,7 @@ CONFIG = {
     "max_new_tokens": 512,  # most tokens of an answer; a longer one is cut
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
+    "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
 }
 GRADIO = "gradio==6.31.0"  # not in requirements.txt: no other script needs it
 EXAMPLES = [

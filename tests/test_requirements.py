@@ -1,4 +1,4 @@
-"""A version has one home, requirements.txt or requirements-dev.txt.     python -m pytest tests/test_requirements.py"""
+"""A version has one home, a requirements file.     python -m pytest tests/test_requirements.py"""
 
 import ast
 import re
@@ -15,10 +15,11 @@ NAMES = [name for name in LISTING.splitlines() if (ROOT / name).is_file()]
 
 def pins(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r ")))
 
 
-RUN, TOOLS = pins("requirements.txt"), pins("requirements-dev.txt")
+RUN = pins("requirements.txt") | pins("requirements-nf4.txt")
+TOOLS = pins("requirements-dev.txt")
 
 
 def imported(path):

@@ -40,8 +40,7 @@ BEFORE = {
 
 [首页](../../README.md) · [English](../en/options.md)
 
-每个命令开头有一个 `CONFIG` 字典，值可以在字典里改，也可以在命令行改；嵌套的键用 `_` 连接：`"lora": {"r": 8}` 就是 `--lora_r=16`。
-下面的表由 `tools/config_tables.py` 从命令生成；`python process.py --help` 这样的命令打印同样的内容。
+每个命令开头有一个 `CONFIG` 字典，值可以在字典里改，也可以在命令行改；嵌套的键用 `_` 连接：`"lora": {"r": 8}` 就是 `--lora_r=16`。下面的表由 `tools/config_tables.py` 从命令生成；`python process.py --help` 这样的命令打印同样的内容。
 
 | 写法 | 意思 |
 |---|---|
@@ -76,8 +75,7 @@ DEEPSPEED = {
     "zh": """\
 ## deepspeed.json
 
-学习率、betas、权重衰减、梯度裁剪、ZeRO 只写在 deepspeed.json 里，两个训练脚本都读它。`data/<data_name>/deepspeed.json` 优先于根目录的 `deepspeed.json`，用了哪个会打印出来。
-根目录那份适合 7B，`data/demo/` 那份适合极小模型。里面每一项也是参数，前面加 `deepspeed_`，层级用 `_` 连接：
+学习率、betas、权重衰减、梯度裁剪、ZeRO 只写在 deepspeed.json 里，两个训练脚本都读它。`data/<data_name>/deepspeed.json` 优先于根目录的 `deepspeed.json`，用了哪个会打印出来。根目录那份适合 7B，`data/demo/` 那份适合极小模型。里面每一项也是参数，前面加 `deepspeed_`，层级用 `_` 连接：
 
 | 参数 | `deepspeed.json` | `data/demo/deepspeed.json` |
 | --- | --- | --- |
@@ -85,8 +83,7 @@ DEEPSPEED = {
 
 - batch 的两个 `auto` 取自 `CONFIG`。写成数字而与 `CONFIG` 不同就报错，两个值都会说出来。`lr` 的 `auto` 按基座：hidden_size 小于 1024 是 1.5e-3，否则 1e-4；写了数字就用数字，用了多少在训练前打印。
 - `bf16`、`fp16` 都是 `auto` 时：CUDA 支持 bf16 就用 bf16，否则 fp16；CPU 有 avx512_bf16 或 AMX 用 bf16，否则 fp32。要指定就用 `--precision=fp32`。
-- 不能写 `scheduler`：升温和衰减由 `--warmup_ratio` 决定。
-- `torch_adam` 是 `true` 时，DeepSpeed 不去编译自己的 Adam。
+- 不能写 `scheduler`：升温和衰减由 `--warmup_ratio` 决定；`torch_adam` 是 `true` 时，DeepSpeed 不去编译自己的 Adam。
 """,
     "en": """\
 ## deepspeed.json
@@ -160,6 +157,8 @@ CHINESE = {
     "True: compute activations again instead of keeping them; less memory, slower": "True：算梯度时重新计算激活值，不保存；省显存，更慢",
     "auto | True | False: compile the layers and replay them as CUDA graphs; auto: where that is possible": "auto | True | False：编译各层，按 CUDA graph 重放；auto：能这样做时才做",
     "random seed of LoRA's first weights, the order of the data and dropout": "随机种子：LoRA 的初值、数据顺序、dropout",
+    "full | nf4 (4 bits) | fp8 (8 bits): how the frozen base is held; nf4 needs requirements-nf4.txt": "full | nf4（4 位）| fp8（8 位）：冻结的基座用几位保存；nf4 需要 requirements-nf4.txt",
+    "auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible": "auto | full | nf4 | fp8：基座用几位保存；auto：与训练 LoRA 时相同（设备支持的话）",
     "auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has": "auto | bf16 | fp16 | fp32：用哪种数来算；auto：设备支持的最好的一种",
     "log loss and speed every so many optimizer steps": "每更新几步打印并记录一次 loss 和速度",
     "compute the dev loss every so many optimizer steps and at the end; -1: never": "每更新几步算一次验证集 loss，最后也算；-1：不算",

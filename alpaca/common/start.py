@@ -3,6 +3,7 @@
 It refuses versions of the libraries that the code is not for, so it must come before they are imported.
 """
 
+import logging
 import os
 import re
 import sys
@@ -31,6 +32,9 @@ def start():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # on a CPU with avx512_bf16 it misses a package of kernels
     if not find_spec("torch"):
         return  # whatever needs it says so when it is imported
 

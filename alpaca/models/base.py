@@ -17,6 +17,8 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
 from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, read_config, read_tensors, weight_files
+from alpaca.models.base_weights import empty_model, load_quantized, pick_base_weights
+from alpaca.models.quantized import QuantizedLinear
 from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
 
@@ -38,9 +40,14 @@ def check_vocabulary(tokenizer, tokenizer_dir, rows, base):
         )
 
 
-def load_base(model_dir, dtype, device):
-    """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one that lacks tensors."""
+def load_base(model_dir, dtype, device, base_weights="full"):
+    """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one that lacks tensors.
+
+    base_weights: full, nf4 or fp8, see base_weights.py.
+    """
     config = LlamaConfig.from_dict(check_model_dir(model_dir))  # transformers itself stumbles over a byte order mark
+    if base_weights != "full":
+        return load_quantized(model_dir, base_weights, dtype, device)
     transformers_logging.set_tqdm_hook(lambda _, args, options: progress(*args, **{**options, "desc": "加载模型"}))
     try:
         model, found = LlamaForCausalLM.from_pretrained(
@@ -76,12 +83,20 @@ def check_generation(args):
 
 
 def load_for_inference(
-    adapter, train_args, facts, base_model, tokenizer_path, precision="auto", device=None, merge=False
+    adapter,
+    train_args,
+    facts,
+    base_model,
+    tokenizer_path,
+    precision="auto",
+    device=None,
+    merge=False,
+    base_weights="auto",
 ):
     """(model, tokenizer) as the command line and what find_adapter returned say; the command line wins.
 
     Refuses, before the weights load, a base or a tokenizer that is not the adapter's. `merge`: add the LoRA to the
-    weights, which then cost nothing more; the base alone is gone.
+    weights, which then cost nothing more; the base alone is gone. On a quantized base it stays apart.
     """
     base = base_model or (_base_of(adapter, train_args) if adapter else DEFAULT_BASE)
     config = check_model_dir(base)
@@ -93,10 +108,11 @@ def load_for_inference(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = pick_precision(precision, device)
     say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
-    model = load_base(base, DTYPES[precision], device)
+    base_weights = pick_base_weights(base_weights, train_args if adapter else None, device, precision)
+    model = load_base(base, DTYPES[precision], device, base_weights)
     if adapter:
         model = attach_adapter(model, adapter)
-        if merge:
+        if merge and base_weights == "full":
             layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
             for layer in progress(layers, desc="合并 LoRA", unit="层"):
                 layer.merge()
@@ -141,6 +157,10 @@ def _without_the_bases(adapter, model):
     for name, tensor in adapter.saved.items():
         module = llama.get_submodule(name.removesuffix(".weight"))
         module = getattr(module, "original_module", getattr(module, "base_layer", module))
+        if isinstance(module, QuantizedLinear):
+            raise UserError(
+                f"{adapter.folder}: brings {name} as a whole, which a quantized base cannot take; use --base_weights=full"
+            )
         if not torch.equal(module.weight, tensor.to(module.weight)):
             saved[name] = tensor
     if both := saved.keys() & adapter.lora.keys():
@@ -181,7 +201,7 @@ def check_fit(adapter, train_args, facts, base, tokenizer_dir):
             f"{tokenizer_dir}/tokenizer.model is not the one that {adapter} was trained with "
             f"(that of {train_args.model_dir}); name that base with --base_model"
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in _empty_model(base).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(base).state_dict().items()}
     adapter = read_adapter(adapter)
     for name, (a, b, _) in adapter.lora.items():
         _check_shape(adapter.folder, name, (len(b), a.shape[1]), shapes, base)
@@ -192,12 +212,6 @@ def check_fit(adapter, train_args, facts, base, tokenizer_dir):
                 "into its base with model_hub/merge_llama_with_chinese_lora.py"
             )
         _check_shape(adapter.folder, name, tuple(tensor.shape), shapes, base)
-
-
-def _empty_model(base):
-    """The model of a folder without its weights."""
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig.from_dict(read_config(base)))
 
 
 def _check_shape(adapter, name, shape, shapes, base):

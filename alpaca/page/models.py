@@ -45,7 +45,9 @@ class Models:
             raise UserError(
                 f"{chosen.folder}: has no train_args.json; use predict.py, whose --instruct says what to ask"
             )
-        self.model, self.tokenizer = load_for_inference(*chosen, args.base_model, args.tokenizer_path, args.precision)
+        self.model, self.tokenizer = load_for_inference(
+            *(*chosen, args.base_model, args.tokenizer_path, args.precision), base_weights=args.base_weights
+        )
         self.base = self.model.config.name_or_path
         self.first = choice_name(chosen.folder) if chosen.folder else BASE
         own_base = chosen.train_args.model_dir if chosen.folder else self.base

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.base import check_model_dir
+from alpaca.models.base_weights import BASE_WEIGHTS
 from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.prefix_tree import PACKINGS
 from alpaca.training.ranges import check_ranges, check_targets
@@ -19,6 +20,7 @@ def check_options(args):
     """UserError for values of a trainer's options that no run can have; asked before anything is read or moved."""
     check_ranges(args)
     choices = {"packing": PACKINGS, "compile": ("auto", "True", "False"), "best": ("last", "f1", "loss")}
+    choices["base_weights"] = BASE_WEIGHTS
     for name, values in choices.items():
         if getattr(args, name) not in values:
             raise UserError(f"--{name}={getattr(args, name)}: expected {', '.join(values)}")
@@ -32,6 +34,11 @@ def check_options(args):
         raise UserError(
             "--eval_examples: with ZeRO-3 no process has the whole model to answer with; use stage 1 or 2, or "
             "--eval_examples=0 and test.py"
+        )
+    if args.base_weights != "full" and zero_stage(args) == 3:
+        raise UserError(
+            f"--base_weights={args.base_weights}: ZeRO-3 cannot split a quantized base; use stage 0, 1 or 2, or "
+            "--base_weights=full"
         )
     check_model_dir(args.model_dir)
     check_targets(args.lora_target_modules, args.model_dir)

@@ -15,6 +15,7 @@ from alpaca.common.devices import DTYPES, check_launcher, describe_device, init_
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
 from alpaca.models.base import check_model_dir, check_vocabulary, load_base
+from alpaca.models.base_weights import check_base_weights
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data
@@ -74,6 +75,7 @@ class Run:
         asked = {args.precision, *(args.deepspeed.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16"))}
         own = written.get("precision", "auto") if asked == {"auto"} else args.precision  # of a run that is resumed
         self.precision, self.settings = resolve_precision(own, args.deepspeed, self.device)
+        check_base_weights(args.base_weights, self.device, self.precision)
         self.settings, self.lr_source = with_learning_rate(
             self.settings, check_model_dir(args.model_dir)["hidden_size"]
         )
@@ -95,7 +97,7 @@ class Run:
     def load_model(self):
         """The base with fresh LoRA adapters on this rank's device, its layers compiled where --compile says so."""
         with self.memory_errors():
-            base = load_base(self.args.model_dir, DTYPES[self.precision], self.device)
+            base = load_base(self.args.model_dir, DTYPES[self.precision], self.device, self.args.base_weights)
             self.model = add_lora(base, self.args)
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         tokens = sum(len(example.prompt_ids) + len(example.answer_ids) for example in self.train_set)

@@ -1,0 +1,92 @@
+"""How the weights of a frozen base are held: as they are, or quantized while they are read."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alpaca.common.console import progress, say
+from alpaca.common.errors import UserError
+from alpaca.models.base_files import HEAD, dims, read_base, read_config
+from alpaca.models.quantized import FP8_MULTIPLE, Fp8Linear, Nf4Linear
+
+BASE_WEIGHTS = ("full", "nf4", "fp8")
+LAYERS = {"nf4": Nf4Linear, "fp8": Fp8Linear}
+
+
+def check_base_weights(base_weights, device, precision):
+    """UserError where this device, in this precision, cannot hold a base like that."""
+    if problem := _problem(base_weights, torch.device(device), precision):
+        raise UserError(f"--base_weights={base_weights}: {problem}, or use --base_weights=full")
+
+
+def pick_base_weights(asked, train_args, device, precision):
+    """--base_weights of what answers -> full, nf4 or fp8. auto: as the adapter was trained, full where that cannot be.
+
+    train_args: the adapter's, or None where there is none.
+    """
+    if asked not in ("auto", *BASE_WEIGHTS):
+        raise UserError(f"--base_weights={asked}: expected auto, {', '.join(BASE_WEIGHTS)}")
+    if asked != "auto":
+        check_base_weights(asked, device, precision)
+        return asked
+    trained = getattr(train_args, "base_weights", "full")
+    if problem := _problem(trained, torch.device(device), precision):
+        say(f"LoRA 是在 {trained} 基座上训练的，这里改用 full: {problem}")
+        return "full"
+    return trained
+
+
+def _problem(base_weights, device, precision):
+    if base_weights == "nf4" and find_spec("bitsandbytes") is None:
+        return "needs bitsandbytes; pip install -r requirements-nf4.txt"
+    if base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
+        return "needs a GPU that multiplies in fp8 (compute capability 8.9 or more); take nf4"
+    if base_weights == "fp8" and precision != "bf16":
+        return f"computes in bf16, not {precision}; give --precision=bf16"
+    return None
+
+
+def empty_model(model_dir, dtype=torch.float32):
+    """The model of a folder without its weights."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig.from_dict(read_config(model_dir))).to(dtype)
+
+
+def load_quantized(model_dir, base_weights, dtype, device):
+    """A LLaMA in evaluation mode on `device`, its layers' matrices quantized, the rest in `dtype`.
+
+    Each is quantized when it is read, from the file's own numbers: neither host nor GPU ever holds the full model, and
+    the quantized numbers are the same in every precision. UserError for a folder that is no LLaMA or is damaged.
+    """
+    _, tensors, _ = read_base(model_dir)
+    model = empty_model(model_dir, dtype)
+    for name, tensor in progress(tensors.items(), desc="加载模型", unit="个"):
+        put_weight(model, name, tensor, base_weights, dtype, device)
+    return complete(model, device)
+
+
+def put_weight(model, name, tensor, base_weights, dtype, device):
+    """Give an empty model one of its tensors, quantized where it is the matrix of a layer."""
+    path = name.removesuffix(".weight")
+    parent, _, child = path.rpartition(".")
+    if name == HEAD or not isinstance(model.get_submodule(path), nn.Linear):
+        weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
+        model.get_submodule(path).weight = weight
+        return
+    if base_weights == "fp8" and any(size % FP8_MULTIPLE for size in tensor.shape):
+        raise UserError(
+            f"--base_weights=fp8: {name} is {dims(tensor.shape)}, and fp8 products want multiples of {FP8_MULTIPLE}; "
+            "use nf4 or full"
+        )
+    setattr(model.get_submodule(parent), child, LAYERS[base_weights](tensor.to(device), dtype))
+
+
+def complete(model, device):
+    """An empty model that has got all its tensors, with what config.json determines."""
+    rotary = model.model.rotary_emb
+    with torch.device(device):
+        model.model.rotary_emb = type(rotary)(model.config)
+    model.tie_weights()
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,152 @@
+"""Frozen linear layers whose weights are kept in 4 or 8 bits, and what LoRA needs of them: a product and its gradient.
+
+The quantized numbers are plain attributes, neither parameters nor buffers: what casts, saves or sends a model to other
+ranks (DeepSpeed, PEFT, a checkpoint) does not see them.
+"""
+
+import functools
+
+import torch
+from torch import nn
+
+BLOCK = 64  # weights that share a scale in nf4
+FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
+FP8_MULTIPLE = 16  # the products take no other sizes
+FP8_COPIES = 1  # 2: the weights a second time, transposed, as the gradient's product wants them; benchmarks compare
+
+
+class QuantizedLinear(nn.Linear):
+    """An nn.Linear without bias whose weight is quantized. weight: [out, in]; dtype: what it computes in."""
+
+    def __init__(self, weight, dtype):
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("bias", None)
+        self.weight = torch.empty(0, dtype=dtype, device=weight.device)  # PEFT asks it for type and device
+        self.quantize(weight.detach())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# nf4: bitsandbytes' format, one scale for 64 weights, two weights a byte
+
+
+class Nf4Linear(QuantizedLinear):
+    def quantize(self, weight):
+        from bitsandbytes.functional import quantize_4bit  # takes a second, and only nf4 needs it
+
+        packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+        self.packed, self.scales = packed, state.absmax
+
+    def dequantized(self, dtype):
+        return dequantize(self.packed, self.scales, self.out_features, self.in_features, dtype)
+
+    def forward(self, x):
+        return nf4_product(x, self.packed, self.scales, self.out_features, self.in_features, False)
+
+
+def dequantize(packed, scales, rows, columns, dtype):
+    """The weight [rows, columns]. On a CPU by a table: bitsandbytes 0.50.2 is wrong there where a row is no multiple of 64."""
+    if packed.is_cuda:
+        return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", (rows, columns), dtype)
+    count = rows * columns
+    values = nn.functional.embedding(packed.flatten().int(), _pairs()).flatten()[:count]
+    return (values * scales.repeat_interleave(BLOCK)[:count]).view(rows, columns).to(dtype)
+
+
+@functools.cache
+def _pairs():
+    """float32 [256, 2]: the two numbers in each byte, the upper four bits first."""
+    from bitsandbytes.functional import get_4bit_type
+
+    code = get_4bit_type("nf4", device="cpu")
+    return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
+
+
+# One opaque operation each way. Were torch.compile to look inside, forward and backward would share the dequantized weight,
+# and keep that of every layer: 13 GB of a 7B.
+@torch.library.custom_op("alpaca::nf4_product", mutates_args=())
+def nf4_product(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, rows: int, columns: int, backward: bool
+) -> torch.Tensor:
+    """x [..., columns] @ weight.T; backward: x [..., rows] @ weight. In the type of x."""
+    weight = dequantize(packed, scales, rows, columns, x.dtype)
+    product = x.reshape(-1, x.shape[-1]) @ (weight if backward else weight.T)
+    return product.view(*x.shape[:-1], product.shape[-1])
+
+
+@nf4_product.register_fake
+def _(x, packed, scales, rows, columns, backward):
+    return x.new_empty(*x.shape[:-1], columns if backward else rows)
+
+
+def _keep_inputs(ctx, inputs, output):
+    _, packed, scales, *ctx.others = inputs
+    ctx.save_for_backward(packed, scales)
+
+
+def _nf4_gradient(ctx, gradient):
+    rows, columns, backward = ctx.others
+    return nf4_product(gradient, *ctx.saved_tensors, rows, columns, not backward), None, None, None, None, None
+
+
+nf4_product.register_autograd(_nf4_gradient, setup_context=_keep_inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp8: e4m3, one scale for each row of the weight and each token
+
+
+class Fp8Linear(QuantizedLinear):
+    def quantize(self, weight):
+        self.eights, scales = to_fp8(weight)
+        self.scales = scales.flatten()
+        self.transposed = self.eights.t().contiguous() if FP8_COPIES == 2 else None
+
+    def dequantized(self, dtype):
+        return (self.eights.float() * self.scales[:, None]).to(dtype)
+
+    def forward(self, x):
+        return _Fp8Product.apply(x, self.eights, self.scales, self.transposed)
+
+
+def to_fp8(x):
+    """(x / scales in e4m3, float32 scales [rows, 1]) of x [rows, columns]. A row of zeros has a scale too."""
+    scales = (x.abs().amax(dim=-1, keepdim=True).float() / FP8_MOST).clamp(min=1e-12)
+    return (x.float() / scales).clamp(-FP8_MOST, FP8_MOST).to(FP8), scales
+
+
+class _Fp8Product(torch.autograd.Function):
+    """x [..., in] -> [..., out] in bf16. torch.compile looks inside, to make the scaling one with what is before it."""
+
+    @staticmethod
+    def forward(ctx, x, eights, scales, transposed):
+        ctx.save_for_backward(eights, scales, transposed)
+        x8, x_scales = to_fp8(x.reshape(-1, x.shape[-1]))
+        product = torch._scaled_mm(
+            x8, eights.t(), x_scales, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return product.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        eights, scales, transposed = ctx.saved_tensors
+        # A scale of the weight belongs to an output, over which this product sums: it goes into the gradient first.
+        g8, g_scales = to_fp8(gradient.reshape(-1, gradient.shape[-1]) * scales)
+        product = fp8_backward(g8, g_scales, eights, transposed)
+        return product.view(*gradient.shape[:-1], -1), None, None, None
+
+
+# Opaque, so that no transposed copy is made in the forward and kept.
+@torch.library.custom_op("alpaca::fp8_backward", mutates_args=())
+def fp8_backward(
+    g8: torch.Tensor, g_scales: torch.Tensor, eights: torch.Tensor, transposed: torch.Tensor | None
+) -> torch.Tensor:
+    """g8 [rows, out] @ eights [out, in] in bf16. The cards want the second factor column by column."""
+    transposed = eights.t().contiguous() if transposed is None else transposed
+    ones = torch.ones(1, len(transposed), device=g8.device)
+    return torch._scaled_mm(g8, transposed.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=False)
+
+
+@fp8_backward.register_fake
+def _(g8, g_scales, eights, transposed):
+    return g8.new_empty(len(g8), eights.shape[1], dtype=torch.bfloat16)
