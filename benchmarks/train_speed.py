@@ -16,6 +16,9 @@ loss_gap and adapter_gap compare with the raw loop on one GPU, ZeRO-1, that has 
 the largest relative difference of a logged loss, and the norm of the difference of all lora_B over their norm.
 Without a GPU it rehearses with processes on the CPU; their speed then says nothing.
 
+--base_weights=full,nf4,fp8 --memory_gb=8,12,16,24 makes the table of what fits on which card. The kernels of those cards
+are not tried by that.
+
 how: original (every example padded to 192; on CUDA fp16 with the optimizer on the CPU), peft (padded to the longest,
 autocast, dropout 0.1), sorted (the same, similar lengths together, dropout 0), liger (PEFT with Liger kernels, if
 installed); none, plain, prefix: our packings through the raw loop; trainer: prefix through the Trainer.
@@ -25,6 +28,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import statistics
@@ -43,12 +47,12 @@ from alpaca.common.start import start
 
 start()
 
-from alpaca.common.devices import DTYPES, init_distributed, pick_precision
+from alpaca.common.devices import DTYPES, pick_precision
 from alpaca.common.errors import UserError
-from alpaca.models.base import load_base
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
-from alpaca.training.prefix_tree import pad_batch, tree_row
+from alpaca.training.prefix_tree import tree_row
 from benchmarks.speed_inputs import random_7b, read_corpus
+from benchmarks.speed_peers import run_peer
 from config_utils import run_script
 from dataset import encode_examples, read_examples
 
@@ -59,6 +63,11 @@ CONFIG = {
     "how": ["original", "peft", "sorted", "liger", "none", "plain", "prefix", "trainer"],  # see above
     "gpus": [1],  # numbers of GPUs of this host, see above
     "zero": [1, 2, 3],  # ZeRO stages, with several GPUs
+    "base_weights": ["full"],  # of ours: full | nf4 | fp8 | fp8x2 (fp8, the weights a second time, transposed)
+    "memory_gb": [
+        0
+    ],  # of the cards to imitate: ours get so much GPU memory, less 0.8 GB for the driver; 0: all there is
+    "row_lengths": 0,  # compile so few row lengths: a shorter wait, more padding; 0: as in training
     "steps": 40,  # timed steps of ours, after as many for the warm-up
     "seconds": 10,  # timed seconds of the other loops
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's
@@ -68,11 +77,21 @@ CONFIG = {
     "peer": None,  # internal: measure this loop in this process
 }
 OURS = ("none", "plain", "prefix", "trainer")
-MEASURED = ("how", "shape", "batch", "gpus", "zero", "examples", "options")  # a new row replaces one equal in these
-COLUMNS = MEASURED + ("date", "examples_per_second", "ms_per_step", "peak_gib", "unique_tokens_per_second")
+MEASURED = (
+    "how",
+    "shape",
+    "batch",
+    "gpus",
+    "zero",
+    "examples",
+    "options",
+    "base_weights",
+    "memory_gb",
+    "row_lengths",
+)  # a new row replaces one equal in these
+COLUMNS = MEASURED + ("date", "fits", "examples_per_second", "ms_per_step", "peak_gib", "unique_tokens_per_second")
 COLUMNS += ("matrix_rate_share", "alone", "linear_share", "loss_gap", "adapter_gap")
 RESULTS = ROOT / "benchmarks" / "results"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def folder_of(shape, work):
@@ -110,10 +129,13 @@ def matrix_rate(device):
     return 2 * n**3 / statistics.median(times[5:])
 
 
-def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1):
-    """Run a trainer, through the launcher where there are several GPUs. Returns the folder of the run."""
+def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1, **held):
+    """Run a trainer, through the launcher where there are several GPUs. Returns the folder of the run.
+
+    held: what limited.py changes for it, and base_weights.
+    """
     script = "train_trainer.py" if how == "trainer" else "train_deepspeed.py"
-    run = work / f"{how}-{batch}x{accumulation}-gpus{gpus}-zero{zero}"
+    run = work / "-".join([f"{how}-{batch}x{accumulation}-gpus{gpus}-zero{zero}", *map(str, held.values())])
     shutil.rmtree(run, ignore_errors=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,12 +143,14 @@ def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1):
     launcher = [shutil.which("deepspeed") or "deepspeed", f"--num_accelerators={gpus}", f"--master_port={port}"]
     command = [
         *(launcher if gpus > 1 else [sys.executable]),
+        *([ROOT / "benchmarks" / "limited.py", json.dumps(held)] if held else []),
         ROOT / script,
         *(f"--model_dir={model_dir}", f"--save_dir={run}", f"--deepspeed_json_path={ROOT / 'deepspeed.json'}"),
         *(f"--train_path={work}/train.txt", f"--dev_path={work}/train.txt", "--eval_steps=-1", "--log_steps=5"),
         *(f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"),
         *(f"--packing={'prefix' if how == 'trainer' else how}", f"--deepspeed_zero_optimization_stage={zero}"),
-        *(f"--max_steps={2 * args.steps}", *args.options.split()),
+        *(f"--max_steps={2 * args.steps}", f"--base_weights={held.get('base_weights', 'full').removesuffix('x2')}"),
+        *args.options.split(),
     ]
     env = {**os.environ, "NCCL_NVLS_ENABLE": "0"}  # NVLink multicast: not every host lets a process have it
     if not torch.cuda.is_available():  # more threads than cores wait for each other
@@ -142,7 +166,7 @@ def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1):
 def check_ran(result, what):
     """UserError where a process failed, MemoryError where what it wanted did not fit."""
     output = result.stdout + result.stderr
-    if result.returncode and "OutOfMemoryError" in output:
+    if result.returncode and re.search("OutOfMemoryError|no memory left", output):
         raise MemoryError
     if result.returncode:
         raise UserError(f"{what} failed: {output[-1500:]}")
@@ -182,77 +206,6 @@ def measure_peer(how, batch, model_dir, work, seconds):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def run_peer(how, batch, model_dir, work, seconds):
-    """Train for some seconds the way `how` says; prints [examples/s, peak GiB or null]."""
-    from peft import LoraConfig, get_peft_model
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = pick_precision("auto", device)
-    if how == "liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
-    examples = encode_examples(load_tokenizer(model_dir), read_examples(work / "train.txt"))
-    random.Random(0).shuffle(examples)
-    if how == "sorted":
-        examples.sort(key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
-    batches = [examples[i : i + batch] for i in range(0, len(examples) - batch + 1, batch)]
-    random.Random(1).shuffle(batches)
-
-    original = how == "original"
-    half = DTYPES["fp16" if original and device.type == "cuda" else precision]
-    model = load_base(model_dir, half, device)
-    dropout = 0.0 if how in ("liger", "sorted") else 0.1
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=32, lora_dropout=dropout, target_modules=TARGETS))
-    model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if original and device.type == "cuda":
-        import deepspeed
-
-        init_distributed()
-        offload = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": True}}
-        settings = {"type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "weight_decay": 5e-4}}
-        config = {"train_micro_batch_size_per_gpu": batch, "optimizer": settings, "zero_optimization": offload}
-        engine, *_ = deepspeed.initialize(
-            model=model.half(), model_parameters=trainable, config=config | {"fp16": {"enabled": True}}
-        )
-    else:
-        optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device.type == "cuda")
-
-    def step(chunk):
-        rows = pad_batch(chunk, 0)
-        if original:  # every example padded to 192, whatever its length
-            pad = max(0, 192 - rows["input_ids"].shape[1])
-            fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-            rows = {k: torch.nn.functional.pad(v, (0, pad), value=fill[k])[:, :192] for k, v in rows.items()}
-        rows = {key: value.to(device) for key, value in rows.items()}
-        if original and device.type == "cuda":
-            engine.backward(engine(**rows, use_cache=False).loss)
-            engine.step()
-            return
-        with torch.autocast(device.type, half, enabled=half != torch.float32 and not original):
-            loss = model(**rows, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def wait():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for chunk in batches[:4]:
-        step(chunk)
-    wait()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds or count < 6:
-        step(batches[(4 + count) % len(batches)])
-        count += 1
-        wait()
-    rate = count * batch / (time.perf_counter() - start)
-    print(json.dumps([rate, torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None]))
-
-
 def unique_tokens(examples, batch, share):
     """Mean number of tokens of an example that a step has to compute, padding left out."""
     chunks = [examples[i : i + batch] for i in range(0, min(len(examples), 20 * batch), batch)]
@@ -284,7 +237,7 @@ def main(args):
 
     out = RESULTS / f"train_speed-{name.replace(' ', '_')}.json"
     stages = args.zero if several else [1]
-    plan = list(itertools.product(args.batch, stages, hows, sorted({1, *args.gpus})))
+    plan = list(itertools.product(args.batch, stages, hows, sorted({1, *args.gpus}), args.base_weights, args.memory_gb))
     results = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else []
     measured = {}  # what train was asked -> the folder of that run
 
@@ -297,28 +250,32 @@ def main(args):
         out.parent.mkdir(exist_ok=True)
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
-    for batch, zero, how, gpus in tqdm(plan, desc="measuring", dynamic_ncols=True):
+    for batch, zero, how, gpus, weights, memory in tqdm(plan, desc="measuring", dynamic_ncols=True):
         if how == "liger" and not find_spec("liger_kernel"):
             continue
-        ours = {"zero": zero, "options": args.options or None} if how in OURS else {}
+        asked = {"base_weights": weights, "memory_gb": memory, "row_lengths": args.row_lengths} if how in OURS else {}
+        held = {key: value for key, value in asked.items() if value not in ("full", 0)}
+        ours = {"zero": zero, "options": args.options or None, **held} if how in OURS else {}
         row = {"how": how, "shape": model_dir.name, "batch": batch, "gpus": gpus, "examples": len(examples), **ours}
         results = [old for old in results if any(old.get(key) != row.get(key) for key in MEASURED)]
         shares = {}
         try:
             if how in OURS:
-                run = run_of(how, batch, gpus=gpus, zero=zero, accumulation=1)
+                run = run_of(how, batch, gpus=gpus, zero=zero, accumulation=1, **held)
                 speed, peak = speed_of(args, run)
             else:
                 speed, peak = measure_peer(how, batch, model_dir, work, args.seconds)
             if several:
-                alone, _ = speed_of(args, run_of(how, batch, gpus=1, zero=zero, accumulation=1))
-                reference = run_of("prefix", batch, gpus=1, zero=1, accumulation=gpus)
+                alone, _ = speed_of(args, run_of(how, batch, gpus=1, zero=zero, accumulation=1, **held))
+                reference = run_of("prefix", batch, gpus=1, zero=1, accumulation=gpus, **held)
                 share = round(speed / alone / gpus, 3)
                 shares = {"alone": round(alone, 1), "linear_share": share, **gaps(run, reference)}
         except MemoryError:
             tqdm.write(
                 f"{how}, batch {batch}: it or what it is compared with does not fit into the memory of this device"
             )
+            if memory:
+                results.append(row | {"date": time.strftime("%Y-%m-%d"), "fits": False})
             save()
             continue
         tokens = unique_tokens(examples, batch, how in ("prefix", "trainer")) * speed
