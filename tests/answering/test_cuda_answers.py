@@ -119,7 +119,7 @@ def test_borders_of_captured_sizes(monkeypatch):
         with torch.inference_mode():
             ours, theirs = made.step(parts).clone(), plain(parts)
         assert used[-1][1] == next(size for size in sizes if size >= total)
-        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
         for row in long:
             made.slots.release(row)
 
@@ -173,7 +173,7 @@ def test_a_model_in_training_answers_in_captured_steps(monkeypatch):
         left = [weakref.ref(made.step), weakref.ref(made.slots)]
         del made
     theirs = torch.stack(theirs)
-    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()
     assert model.training and [thing() for thing in left] == [None, None]
 
 
