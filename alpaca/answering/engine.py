@@ -7,7 +7,7 @@ import torch
 from alpaca.answering.attention import LONGEST_PART, flash_works
 from alpaca.answering.grammar import forbid
 from alpaca.answering.graphs import CapturedStepper, step_sizes
-from alpaca.answering.prefixes import find_prefixes
+from alpaca.answering.prefixes import begins, find_prefixes
 from alpaca.answering.row import Row
 from alpaca.answering.slots import Slots
 from alpaca.answering.standby import adapter_in_use
@@ -25,24 +25,35 @@ STEP_TOKENS = 4096  # in a step that is not captured: their activations need mem
 
 
 class Engine:
-    """The rows that are being answered. rows: all that will be, at most `at_once` of them at a time.
+    """The rows that are being answered, at most `at_once` of them at a time.
 
+    rows: all that will be; with `expected`, how many there will be about, only the first of them. Steps are captured at
+    once where all rows are known, else once the first has its answer. The engine keeps no row that waits.
     The model is merged, or PEFT's layers compute with the adapter in use, or without. standby: where slots and captured
     steps come from, and go back to with `close`.
     Where memory runs out they become fewer, and what was being answered goes on later. UserError if there is none for one.
     """
 
-    def __init__(self, model, tokenizer, rows, at_once, grammar=None, pick=None, standby=None):
+    def __init__(self, model, tokenizer, rows, at_once, grammar=None, pick=None, standby=None, expected=None):
         self.model, self.pieces, self.grammar, self.at_once = model, tokenizer.token_bytes, grammar, max(1, at_once)
         self.pick = pick or (lambda logits: logits.max(dim=-1).indices)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.device, self.dtype, self.config = causal.lm_head.weight.device, causal.lm_head.weight.dtype, causal.config
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         self.flash = flash_works(self.device, self.dtype, size)
-        self.most_tokens, self.standby = STEP_TOKENS, standby
+        self.most_tokens, self.standby, self.expected, self.capture_later = STEP_TOKENS, standby, expected, False
         # said: rows whose last token is not written down yet; behind: that waits until the next step is under way
-        self.rows, self.ended, self.said, self.behind = [], [], [], False
+        self.rows, self.ended, self.said, self.behind, self.answered = [], [], [], False, False
         self._make_room(rows)
+
+    @property
+    def busy(self):
+        return bool(self.rows or self.said)
+
+    def give_prefix(self, row):
+        """Let a row that was not known before begin with the longest prefix that fits it."""
+        fits = [prefix for prefix in self.slots.prefixes if begins(row.prompt, prefix.tokens)]
+        row.prefix = max(fits, key=lambda prefix: len(prefix.tokens))
 
     def _make_room(self, rows):
         """Slots, prefixes and steps for these rows."""
@@ -81,14 +92,22 @@ class Engine:
                 False
             ):  # an operation that writes into them wants tensors that count their versions
                 spare = int(self.flash)
-                self.slots = Slots(self.config, self.device, self.dtype, rows, self.at_once, not self.flash, spare)
+                longest = self.config.max_position_embeddings if self.expected else None
+                kind = self.config, self.device, self.dtype
+                self.slots = Slots(*kind, rows, self.at_once, not self.flash, spare, longest)
         self.at_once = min(self.at_once, self.slots.count)
         self.most = LONGEST_PART if self.flash else self.most_tokens  # tokens of one row in a step
         self.step, self.step_tokens, self.behind = Stepper(self.model, self.slots), self.most_tokens, False
         held = [self._read(prefix) for prefix in prefixes if prefix.tokens]
         if held:
             self.slots.share(prefixes, held)
-        adapter, count = adapter_in_use(self.model), len(rows)
+        self.capture_later = bool(self.expected)
+        if not self.capture_later:
+            self._capture_for(len(rows))
+
+    def _capture_for(self, count):
+        """Capture steps, if so many rows repay it."""
+        adapter = adapter_in_use(self.model)
         if self.standby:
             self.standby.rows[adapter] += count
             count = self.standby.rows[adapter]
@@ -133,10 +152,14 @@ class Engine:
             if waiting:
                 self._make_room([*waiting])
         ended, self.ended = self.ended, []
+        self.answered = self.answered or bool(ended)
         return ended
 
     @torch.inference_mode()
     def _advance(self, waiting):
+        if self.capture_later and self.answered:
+            self.capture_later = False
+            self._capture_for(self.expected)
         parts = self._parts(waiting)
         logits = self.step(parts)[:, : len(self.pieces)] if parts else None
         self._write_down()  # of the step before, while a GPU computes this one

@@ -7,49 +7,115 @@ together changes no answer but by rounding (in float32 none, which a test assert
 """
 
 import re
+import time
 from collections import deque
-from contextlib import closing, nullcontext
+from contextlib import closing
+from typing import NamedTuple
 
 import torch
 
 from alpaca.answering.engine import Engine
+from alpaca.answering.prefixes import LEAST_ROWS
 from alpaca.answering.row import NO_ANSWER, Row
 from alpaca.common.console import progress
 from dataset import BOS, PROMPT, UNK
 
 HEADINGS = re.findall("### .*?:", PROMPT)
 AUTO_ROWS = {"cuda": 128, "cpu": 64}  # 256 of a 7B were 4 % faster at most, and took 15 GiB more
+IDLE_SECONDS = 0.01  # between two looks whether there are requests again
 SORTED_BATCHES = 4  # prompts are sorted by length within so many batches
+
+
+class Request(NamedTuple):
+    """A prompt to answer."""
+
+    key: object  # what its answer comes back with
+    prompt: list  # [bos] + ids, of int
+    text: str | None = None  # what a grammar lets the answer quote
+
+
+def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, grammar=None, expected=None, standby=None):
+    """Yield, after every step, [(key, Answer)] of the requests that have ended, in whatever order they do; often none.
+
+    requests: an iterator of Requests; None from it means that there are none for now, which is no end. They are drawn as
+    there is room, and nothing of one is kept once its answer is out. expected: how many there will be, about; without
+    it, all are drawn at once. A prompt that fills the model's positions gets NO_ANSWER. At most batch_size rows (auto:
+    what is fast on the device) are computed at a time, fewer where their cache does not fit into the free memory.
+    standby: for more than one call with a model (standby.py).
+    """
+    batch_size = AUTO_ROWS.get(model.device.type, 64) if batch_size == "auto" else int(batch_size)
+    requests, positions, chunk = iter(requests), model.config.max_position_embeddings, SORTED_BATCHES * batch_size
+    most = batch_size if expected else None  # at first, so that the first answers are soon there
+    engine, waiting, drawn, held, over = None, deque(), 0, [], False
+    try:
+        while True:
+            if not over and not held and len(waiting) < batch_size:
+                came, over = draw(requests, most)
+                rows = [Row(r.key, r.prompt, min(len(r.prompt) + max_new_tokens, positions), r.text) for r in came]
+                # The longest of a chunk first: what is left when nothing waits any more is short.
+                numbered = [(i, row) for i, row in enumerate(rows, drawn) if len(row.prompt) < positions]
+                held = [row for _, row in sorted(numbered, key=lambda pair: (pair[0] // chunk, -len(pair[1].prompt)))]
+                yield [(row.number, NO_ANSWER) for row in rows if len(row.prompt) >= positions]
+                drawn, most = drawn + len(rows), chunk if drawn else most
+            busy = waiting or engine and engine.busy
+            if held and (not busy or known_prefixes(engine, held)):
+                if not engine or not known_prefixes(engine, held):
+                    at_once = standby.at_once if standby else batch_size if expected else min(batch_size, len(held))
+                    rows = held + (openings(engine) if expected else [])
+                    engine = Engine(model, tokenizer, rows, at_once, grammar, None, standby, expected)
+                waiting.extend(held)
+                held, busy = [], True
+            if busy:
+                yield [(row.number, row.answer(tokenizer, grammar)) for row in engine.advance(waiting)]
+            elif over and not held:
+                return
+            elif not held:
+                time.sleep(IDLE_SECONDS)
+    finally:
+        if engine:
+            engine.close()
+
+
+def draw(items, most):
+    """(the next of an iterator's items, at most so many and up to a None; whether these are the last)."""
+    drawn = []
+    for item in items:
+        if item is None:
+            return drawn, False
+        drawn.append(item)
+        if len(drawn) == most:
+            return drawn, False
+    return drawn, True
+
+
+def known_prefixes(engine, rows):
+    """Give later rows their prefixes; whether most have one, so that no other engine is worth it."""
+    for row in rows:
+        engine.give_prefix(row)
+    return 2 * sum(len(row.prefix.tokens) > 0 for row in rows) >= len(rows)
+
+
+def openings(engine):
+    """Rows that only say how prompts may begin: as those of the engine before, or in any other way."""
+    known = [list(prefix.tokens) for prefix in engine.slots.prefixes if prefix.tokens] if engine else []
+    prompts = [[UNK], *(tokens + [token] for tokens in known for token in range(LEAST_ROWS))]
+    return [Row(None, prompt, len(prompt) + 1) for prompt in prompts]
 
 
 def generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar=None, texts=None, standby=None):
     """Yield the greedy Answer of each prompt ([bos] + ids, lists of int), in the order given.
 
-    With a grammar (grammar.py) an answer can only say what its text allows. A prompt that fills the model's
-    positions gets NO_ANSWER. At most batch_size rows (auto: what is fast on the device) are computed at a time, fewer
-    where their cache does not fit into the free memory. standby: for more than one call with a model (standby.py).
+    With a grammar (grammar.py) an answer can only say what its text allows. Else as answer_requests.
     """
-    batch_size = AUTO_ROWS.get(model.device.type, 64) if batch_size == "auto" else int(batch_size)
-    positions = model.config.max_position_embeddings
-    fits = [len(prompt) < positions for prompt in prompts]
-    rows = [
-        Row(i, prompt, min(len(prompt) + max_new_tokens, positions), texts and texts[i])
-        for i, prompt in enumerate(prompts)
-        if fits[i]
-    ]
-    # The longest of a chunk first: what is left when nothing waits any more is short.
-    chunk = SORTED_BATCHES * batch_size
-    waiting = deque(sorted(rows, key=lambda row: (row.number // chunk, -len(row.prompt))))
-    at_once = standby.at_once if standby else min(batch_size, len(rows))
-    engine = Engine(model, tokenizer, rows, at_once, grammar, standby=standby) if rows else None
-    answers = {}
-    with progress(total=len(rows), desc="生成", unit="条") as bar, closing(engine) if engine else nullcontext():
-        for i in range(len(prompts)):
-            while fits[i] and i not in answers:
-                for row in engine.advance(waiting):
-                    answers[row.number] = row.answer(tokenizer, grammar)
-                    bar.update()
-            yield answers.pop(i, NO_ANSWER)
+    requests = [Request(i, prompt, texts and texts[i]) for i, prompt in enumerate(prompts)]
+    answers, number, options = {}, 0, {"grammar": grammar, "standby": standby}
+    with progress(total=len(prompts), desc="生成", unit="条") as bar:
+        for ended in answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, **options):
+            answers.update(ended)
+            bar.update(len(ended))
+            while number in answers:
+                yield answers.pop(number)
+                number += 1
 
 
 def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None, pick=None, standby=None):

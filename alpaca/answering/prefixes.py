@@ -22,7 +22,7 @@ def find_prefixes(prompts):
     _collect(sorted(prompts), 0, candidates)
     chosen = [tokens for _, tokens in sorted(candidates[1:], reverse=True)[:MOST_PREFIXES]]
     longest_first = sorted([[], *chosen], key=len, reverse=True)
-    starts = [next(i for i, start in enumerate(longest_first) if _begins(prompt, start)) for prompt in prompts]
+    starts = [next(i for i, start in enumerate(longest_first) if begins(prompt, start)) for prompt in prompts]
     prefixes, begin = {}, 0
     for i in sorted(set(starts)):
         prefixes[i] = Prefix(len(prefixes), longest_first[i], begin)
@@ -30,8 +30,9 @@ def find_prefixes(prompts):
     return list(prefixes.values()), [prefixes[i] for i in starts]
 
 
-def _begins(prompt, start):
-    return len(start) < len(prompt) and prompt[: len(start)] == start
+def begins(prompt, start):
+    """Whether a prompt begins with these tokens, and goes on."""
+    return len(start) < len(prompt) and prompt[: len(start)] == list(start)
 
 
 def _collect(prompts, kept, candidates):

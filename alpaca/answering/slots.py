@@ -35,19 +35,19 @@ class Slots:
 
     kept: keys and values, [layers, 2, slots, places, heads, size]; by_heads: [layers, 2, slots, heads, places, size].
     shared: those of `prefixes`, one behind the other, [layers, 2, tokens, heads, size], or by heads. spare: how many slots there are beyond `count`, which no row takes: what padding leaves
-    behind goes there.
+    behind goes there. longest: tokens that a row may come to, where there will be others than `rows`.
     """
 
-    def __init__(self, config, device, dtype, rows, at_once, by_heads, spare=0):
+    def __init__(self, config, device, dtype, rows, at_once, by_heads, spare=0, longest=None):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         self.places, self.by_heads = slot_places(rows), by_heads
-        own = -(-longest_row(rows) // self.places)  # slots of the longest row there may be
-        longest = max(len(row.prefix.tokens) for row in rows)
+        own = -(-(longest or longest_row(rows)) // self.places)  # slots of the longest row there may be
+        prefix = max(len(row.prefix.tokens) for row in rows)
         in_memory = int(MEMORY_SHARE * free_memory(device)) // (
             2 * layers * heads * size * dtype.itemsize * self.places
         )
-        least = max(own, -(-longest // self.places))  # one row can always end, and a prefix be read
+        least = max(own, -(-prefix // self.places))  # one row can always end, and a prefix be read
         wanted = min(own, SLOTS_PER_ROW) * at_once
         if in_memory < wanted:  # a multiple, so that what was compiled for it fits a later one too
             wanted = in_memory // at_once * at_once or in_memory
