@@ -259,6 +259,8 @@ def _read_options(argv, options, only=None):
     for token, name, text in _arguments(argv):
         if only is not None and name not in only:
             continue
+        if name in RUNTIME_KEYS and name not in options and (text or "").removeprefix("-").isdigit():
+            continue  # the launcher gives it to every command; the process group knows its rank from the environment
         if not token.startswith("--") or name not in options:
             raise UserError(unknown_option(token, options))
         values[name] = _option_value(name, options[name], text)

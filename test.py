@@ -5,6 +5,8 @@
     python test.py --lora_model=none --max_new_tokens=64          # the base alone
     python test.py --split=test                                   # data/<data_name>/instruct_data/test.txt
     python test.py --split=train                                  # report.html: where the training data may be wrong
+    python test.py --resume                                       # after an interruption
+    deepspeed test.py                                             # a process for each GPU
     python test.py --data_name=qa --metric=exact                  # another task than NER: how many answers are right
 
 Reads data/<data_name>/instruct_data/dev.txt (--split: another) and an adapter of checkpoint/<data_name>/ (the one written last). Writes
@@ -18,13 +20,23 @@ from alpaca.common.start import start
 start()
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
-from alpaca.answering.predictions import make_grammar, predict_rows
-from alpaca.common.console import say
+import torch
+
+from alpaca.answering.in_order import in_order
+from alpaca.answering.predictions import make_grammar
+from alpaca.answering.row_file import made_with, row_file
+from alpaca.answering.texts import Answering
+from alpaca.answering.windows import whole
+from alpaca.common.console import progress_or_lines, say
+from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
-from alpaca.models.adapters import find_adapter, open_output
-from alpaca.models.base import check_generation, load_for_inference
+from alpaca.common.processes import Processes
+from alpaca.common.text_files import read_jsonl
+from alpaca.models.adapters import find_adapter
+from alpaca.models.base import base_folder, check_generation, load_for_inference
 from alpaca.scoring.metrics import exact, percents, score, score_table
 from alpaca.scoring.report import write_report
 from config_utils import run_script
@@ -40,6 +52,7 @@ CONFIG = {
     "instruct_column": None,  # name of the column that holds the instruction; None: as in training, for the base alone: instruct
     "query_column": None,  # name of the column that holds the query; None: as in training, for the base alone: query
     "response_column": None,  # name of the column that holds the answer; None: as in training, for the base alone: answer
+    "resume": False,  # True: continue after the rows that predictions.jsonl already holds
     "batch_size": "auto",  # most texts answered at once; auto: 128 on a GPU, 64 on a CPU. Fewer where memory is short
     "metric": "ner",  # ner: score entities | exact: share of answers equal to the right one | none: only write predictions
     "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
@@ -54,6 +67,7 @@ WRITTEN = {  # metric -> files
     "none": ("predictions.jsonl",),
 }
 CALLED = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}  # by process.py
+DECIDES = ("metric", "max_new_tokens", "constrained", "tokenizer_path", "base_weights")  # what the rows depend on, too
 SHOWN = 20  # answers printed as a list, before the table
 
 
@@ -82,19 +96,53 @@ def main(args):
             f"{dev_path}: most answers are no 实体_类型 lines; for another task give --metric=exact or none"
         )
     labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
-    out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
-    remedy = "give a copy of the adapter in another folder: --lora_model=…" if adapter else "make its folder writable"
-    file = open_output(out / "predictions.jsonl", remedy)
-    model, tokenizer = load_for_inference(
-        *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
-        merge=True,
-        base_weights=args.base_weights,
-    )
-    grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
-
     nested = facts.get("nested", nests(examples))
-    rows = list(predict_rows(model, tokenizer, examples, labels, args.max_new_tokens, args.batch_size, grammar, nested))
+    out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
+
+    processes, output = Processes(), nullcontext()
+    if not processes.rank:
+        options = {**columns, "labels": labels, "nested": nested} | {name: getattr(args, name) for name in DECIDES}
+        options["precision"] = pick_precision(args.precision, "cuda" if torch.cuda.is_available() else "cpu")
+        made = made_with(adapter, base_folder(adapter, train_args, args.base_model), dev_path, options)
+        remedy = (
+            "name a copy of the adapter in another folder with --lora_model" if adapter else "make its folder writable"
+        )
+        output = row_file(out / "predictions.jsonl", made, len(examples), args.resume, remedy)
+    with output as file:
+        first = file.first if file else 0
+        processes.begin(first)
+        model, tokenizer = load_for_inference(
+            *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
+            merge=True,
+            base_weights=args.base_weights,
+        )
+        grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
+        answer = Answering(model, tokenizer, uncut, labels, args.max_new_tokens, args.batch_size, grammar, nested)
+        if file:
+            for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
+                (out / name).unlink(missing_ok=True)
+            file.begin()
+        rows = in_order(processes, enumerate(examples), len(examples), answer)
+        for row, _ in progress_or_lines(rows, len(examples) - first, "回答", "条"):
+            file.write(row)
+    if not processes.rank:
+        measure(args, out, labels, nested, f"数据 {dev_path}，LoRA {adapter or '无'}")
+
+
+def uncut(examples):
+    return [whole(example) for example in examples]
+
+
+def measure(args, out, labels, nested, subtitle):
+    """Write what the rows on disk come to, then print it."""
+    rows = [row for _, row in read_jsonl(out / "predictions.jsonl")]
     metrics = score(rows, labels) if args.metric == "ner" else exact(rows)
+    if args.metric != "none":
+        text = json.dumps(metrics, ensure_ascii=False, indent=2) + "\n"
+        (out / "metrics.json").write_text(text, encoding="utf-8")
+    if args.metric == "ner":
+        write_report(out / "report.html", rows, metrics, f"{args.data_name} 测试报告", subtitle)
+    say(f"结果已写到 {out}/: {'、'.join(WRITTEN[args.metric])}")
 
     print("预测：", [row["prediction"] for row in rows[:SHOWN]], end="\n\n")
     print("真实：", [row["answer"] for row in rows[:SHOWN]], end="\n\n")
@@ -112,19 +160,6 @@ def main(args):
         print(f"{too_long} 条超过模型的长度上限，没有回答，按漏掉计分")
     if cut := metrics["cut"]:
         print(f"{cut} 条回答达到 max_new_tokens={args.max_new_tokens} 或模型的长度上限，被截断")
-
-    with file:
-        file.truncate(0)
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
-        (out / name).unlink(missing_ok=True)
-    if args.metric != "none":
-        text = json.dumps(metrics, ensure_ascii=False, indent=2) + "\n"
-        (out / "metrics.json").write_text(text, encoding="utf-8")
-    if args.metric == "ner":
-        title = f"{args.data_name} 测试报告"
-        write_report(out / "report.html", rows, metrics, title, f"数据 {dev_path}，LoRA {adapter or '无'}")
-    say(f"结果已写到 {out}/: {'、'.join(WRITTEN[args.metric])}")
 
 
 if __name__ == "__main__":

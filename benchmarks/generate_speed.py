@@ -3,6 +3,7 @@
     python benchmarks/generate_speed.py                                # CPU: the tiny model with the shipped adapter
     python benchmarks/generate_speed.py --precision=fp32
     python benchmarks/generate_speed.py --shape=7b --corpus=msra_train.txt --tokenizer=tokenizer.model
+    python benchmarks/generate_speed.py --gpus=1,2 --corpus=msra_train.txt --base_model=7B-hf      # predict.py as a whole
 
 --shape=7b makes a model of LLaMA 7B's shape with random weights on the GPU. Left to itself it would answer nonsense of
 any length; so every answer is forced to be the right one, and lengths and masks are those of a good model.
@@ -20,6 +21,10 @@ grammar, much of it while a GPU computes. setup_s: seconds for compiling and cap
 are not in the speed, which is the second's. first_cold_s, first_warm_s: seconds until the first answer, setup included.
 bandwidth_share, on a GPU: a step must at least read the weights and the rows' cache from memory once; the share of the
 time that this takes at the rate at which the card copies memory. A step that also reads prompts has more to do.
+
+--gpus: predict.py as so many processes (without a GPU too) over --examples texts of the corpus, without an adapter where
+there is a --base_model. Rates from the first row on disk to the last, and with the start-up; `linear`: the share of as
+many times the rate of the first number of processes.
 """
 
 import json
@@ -65,6 +70,8 @@ CONFIG = {
     "precision": "auto",  # auto | bf16 | fp16 | fp32
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's dev set
     "tokenizer": None,  # a tokenizer.model, needed for --shape=7b
+    "gpus": [0],  # measure predict.py with so many processes instead; 0: do not
+    "base_model": None,  # for --gpus: the folder of a base
 }
 MAX_NEW_TOKENS = 512
 
@@ -202,7 +209,52 @@ def add_random_lora(model):
     return PeftModel(model, LoraConfig(r=8, lora_alpha=32, target_modules=names), autocast_adapter_dtype=False).eval()
 
 
+def by_processes(args):
+    """Print a table of predict.py's speed with each number of processes."""
+    work = ROOT / "benchmarks" / "work"
+    work.mkdir(exist_ok=True)
+    path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "train.txt"
+    records = [example["text"] for example in (examples_of(path) if args.corpus else read_examples(path))]
+    texts = [f"{records[i % len(records)]}{i // len(records) or ''}" for i in range(args.examples)]  # no two equal
+    (work / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    base = ["--lora_model=none", f"--base_model={args.base_model}", "--constrained=True"] if args.base_model else []
+    print("| processes | texts a second | linear | with start-up | linear | start-up, s |\n|" + "---|" * 6)
+    first = None
+    for count in args.gpus:
+        output = work / f"rows{count}.jsonl"
+        output.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command += [ROOT / "predict.py", f"--input_path={work}/texts.jsonl", f"--output_path={output}"]
+        command += [f"--precision={args.precision}", f"--batch_size={args.batch[0]}", *base]
+        start, first_row = time.perf_counter(), None
+        process = subprocess.Popen(map(str, command))
+        while process.poll() is None:
+            if first_row is None and output.exists() and output.stat().st_size:
+                first_row = time.perf_counter()
+            time.sleep(0.02)
+        end = time.perf_counter()
+        if process.returncode or read_count(output) != len(texts):
+            raise UserError(f"{output}: predict.py has not answered all of the texts; see above")
+        rates = len(texts) / (end - first_row), len(texts) / (end - start)
+        first = first or (count, *rates)
+        linear = [rate / (alone * count / first[0]) for rate, alone in zip(rates, first[1:], strict=True)]
+        cells = [
+            f"{rates[0]:.1f}",
+            f"{linear[0]:.0%}",
+            f"{rates[1]:.1f}",
+            f"{linear[1]:.0%}",
+            f"{first_row - start:.0f}",
+        ]
+        print(f"| {count} | " + " | ".join(cells) + " |", flush=True)
+
+
+def read_count(path):
+    return path.read_bytes().count(b"\n")
+
+
 def main(args):
+    if args.gpus != [0]:
+        return by_processes(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     precision, forced = pick_precision(args.precision, device), args.shape == "7b"

@@ -8,10 +8,13 @@ a save, at one of those inside a checkpoint's folder, and between the adapter's 
 still find a whole adapter if there was one before, the newest complete checkpoint must still be there or a newer one, and
 the run goes on with --resume. A run that reaches its end must equal one that was never
 killed, bit for bit: each loss that it ever logged, and the adapter. Then the next run begins.
+predict.py, with 1, 2 and 3 processes, gets a SIGKILL on each of its ranks at three moments, and goes on with --resume and 1,
+2 and 3 processes: the file must equal that of a run that was left alone.
 The rest is tests with larger numbers: ZeRO 0 to 3 on two ranks in both trainers, each run ended by SIGTERM and resumed
 (STAGES), and fuzzing (FUZZ).
 """
 
+import itertools
 import json
 import os
 import random
@@ -32,16 +35,18 @@ from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import adapter_or_old
 from alpaca.training.checkpoints import complete_checkpoints, step_of
 from config_utils import run_script
-from harness import make_records, read_log, write_jsonl
+from harness import make_records, read_log, run_ranks, write_jsonl
 
 CONFIG = {
     "trainers": ["train_deepspeed", "train_trainer"],  # whose runs are killed
     "kills": 20,  # SIGKILLs a trainer
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model
     "steps": 60,  # optimizer steps of a run
+    "answering": True,  # kill predict.py, too
     "seed": 0,  # of the moments at which a run is killed
     "fuzz": 20000,  # cases for each fuzz test; 0: leave all tests out
 }
+ANSWERED = 60  # texts of a run of predict.py
 # Runs a script and kills it at the n-th operation that changes a file of the run, operations on the log not counted; with
 # "renames" at the n-th rename of adapter_model.new, when the earlier adapter is already moved away; with "checkpoint" only
 # operations inside a checkpoint's folder count. torch.save opens its
@@ -170,7 +175,38 @@ def survive(trainer, args, work):
             }
 
 
+def survive_answering(args, work):
+    """Kill each rank of predict.py, at three moments; returns the counts that main prints."""
+    texts = [f"{record['text']}{i}" for i, record in enumerate(make_records(ANSWERED, 3))]
+    write_jsonl(work / "texts.jsonl", [{"id": i, "text": text} for i, text in enumerate(texts)])
+    options = ["--lora_model=none", f"--base_model={Path(args.model_dir).resolve()}", "--constrained=True"]
+    options += [f"--input_path={work}/texts.jsonl", "--precision=fp32", "--max_new_tokens=16", "--batch_size=8"]
+    output = work / "rows.jsonl"
+    options += [f"--output_path={output}"]
+    moments = [0, ANSWERED // 2, ANSWERED - 10]
+    whole = {"count": 1, "kill": None, "more": []}
+    run_ranks("predict.py", options, output, [whole], work)
+    expected, killed, early, equal = output.read_bytes(), 0, 0, 0
+    for count, resumed in itertools.product((1, 2, 3), repeat=2):
+        for rank, rows in itertools.product(range(count), moments):
+            output.unlink()
+            kill = {"count": count, "kill": {"rank": rank, "rows": rows}, "more": []}
+            go_on = {"count": resumed, "kill": None, "more": ["--resume"]}
+            (first, last), log = run_ranks("predict.py", options, output, [kill, go_on], work)
+            killed += first["codes"][rank] == -9
+            early += first["rows"] < ANSWERED
+            equal += last["codes"] == [0] * resumed and output.read_bytes() == expected
+            print(
+                f"predict.py: {count} processes, {rank} killed at {first['rows']} rows, {resumed} go on",
+                file=sys.stderr,
+            )
+    return {"killed": killed, "with rows missing": early, "equal after --resume": equal}
+
+
 def main(args):
+    if args.answering:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(survive_answering(args, Path(folder))), flush=True)
     for trainer in args.trainers:
         with tempfile.TemporaryDirectory() as folder:
             work, start = Path(folder), time.time()

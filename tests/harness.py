@@ -142,6 +142,73 @@ def run_new(command, cwd, env, stdin, meanwhile):
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+# Runs of a script as several ranks, one run after another, of which one rank may be killed once the output holds so many rows.
+# The launcher's part: where a rank has died, the others are ended.
+RANKS = """
+import json, os, runpy, signal, sys, time
+import llguidance, peft, torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend
+runs, output, log = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+def child(run, rank):
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["count"]), MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=str(run["port"]), OMP_NUM_THREADS="1")
+    sys.argv, sys.path[0] = run["argv"], os.path.dirname(run["argv"][0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+def rows():
+    try:
+        with open(output, "rb") as file:
+            return file.read().count(b"\\n")
+    except OSError:
+        return 0
+for run in runs:
+    ranks, kill, codes, begin = {}, run["kill"], {}, rows()
+    for rank in range(run["count"]):
+        pid = os.fork()
+        if not pid:
+            break
+        ranks[pid] = rank
+    else:
+        while ranks:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid:
+                codes[ranks.pop(pid)] = code = os.waitstatus_to_exitcode(status)
+                for other in ranks if code else ():
+                    os.kill(other, signal.SIGTERM)
+            elif kill and rows() >= kill["rows"]:
+                os.kill(next(pid for pid, rank in ranks.items() if rank == kill["rank"]), signal.SIGKILL)
+                kill = None
+            time.sleep(0.001)
+        print(json.dumps({"codes": [codes[rank] for rank in range(run["count"])], "rows": rows()}), flush=True)
+        continue
+    child(run, rank)
+    break
+"""
+
+
+def run_ranks(script, options, output, runs, cwd):
+    """Run a script as {"count", "kill": {"rank", "rows"} or None, "more": options} say, run after run -> [{"codes", "rows"}].
+
+    output: the file whose rows are counted; what the ranks print goes to <output>.log.
+    """
+    orders = [
+        {"argv": [str(ROOT / script), *map(str, [*options, *run["more"]])], "port": free_port(), **run} for run in runs
+    ]
+    command = [sys.executable, "-c", RANKS, json.dumps(orders), str(output), f"{output}.log"]
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    log = Path(f"{output}.log").read_text(encoding="utf-8", errors="replace")
+    assert result.returncode == 0, result.stderr[-2000:] + log[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()], log
+
+
 def free_port():
     """A port for a process that must be told one. Another may take it before it is bound; nothing else is to be had."""
     with socket.socket() as free:

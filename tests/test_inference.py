@@ -261,7 +261,7 @@ def test_an_interrupted_predict_goes_on(workspace, adapter, tmp_path):
     assert out.read_bytes() == whole
     texts.write_text("上海\n", encoding="utf-8")
     result = run_script("predict.py", *options, "--resume", cwd=workspace, check=False)
-    assert result.returncode == 2 and f"{out}:1: not the row of text 1" in result.stderr
+    assert result.returncode == 2 and f"{out}: its rows were made with input {texts} (" in result.stderr
     result = run_script("predict.py", *options, "--base_model=nowhere", cwd=workspace, check=False)
     assert result.returncode == 2 and out.read_bytes() == whole
 
@@ -381,7 +381,7 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         (
             "test.py",
             ["--data_name=mine", "--lora_model={misfits}/occupied/adapter_model"],
-            "predictions.jsonl: cannot be written .* give a copy of the adapter in another folder",
+            "predictions.jsonl: cannot be written .* name a copy of the adapter in another folder",
         ),
         (
             "predict.py",

@@ -205,6 +205,8 @@ CHINESE = {
     "file of texts to predict: one a line, or one JSON object a line with text or query": "要预测的文件：一行一段文本，或一行一个带 text（或 query）的 JSON",
     "file to write the results to, as JSON lines; None: print them": "结果写到哪个文件，JSON lines；None：打印出来",
     "True: continue after the rows that output_path already holds": "True：接着 output_path 里已有的行往下做",
+    "leave out entities of less confidence, 0 to 1; 0: none": "略去置信度低于它的实体，0 到 1；0：都留下",
+    "True: continue after the rows that predictions.jsonl already holds": "True：接着 predictions.jsonl 里已有的行往下做",
     # chat_ner.py
     "folder of the base model; None: the base that the adapter was trained on; given alone: no adapter": "基座模型的文件夹；None：训练 LoRA 时用的基座；只给它：不加 LoRA",
     "auto: the adapter of checkpoint/demo/ written last | a folder | none: the base alone": "auto：checkpoint/demo/ 下最后写的 LoRA | 文件夹 | none：只有基座",

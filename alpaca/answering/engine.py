@@ -14,6 +14,7 @@ from alpaca.answering.standby import adapter_in_use
 from alpaca.answering.step import Part, Stepper
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
+from dataset import UNK
 
 FILLING = 0.75  # of the way from one captured size to the next: a step that goes no further waits with what is beyond
 MARGIN = 8  # places that a new row gets beyond its prompt, so that it need not move at once
@@ -83,6 +84,8 @@ class Engine:
 
     @torch.inference_mode()
     def _prepare(self, rows):
+        if self.expected:
+            rows = [*rows, Row(None, [UNK], 2)]  # begins as no prompt does: so there is a prefix for any later one
         prefixes, of_rows = find_prefixes([row.prompt for row in rows])
         for row, prefix in zip(rows, of_rows, strict=True):
             row.prefix = prefix

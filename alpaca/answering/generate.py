@@ -61,8 +61,8 @@ def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, gram
             if held and (not busy or known_prefixes(engine, held)):
                 if not engine or not known_prefixes(engine, held):
                     at_once = standby.at_once if standby else batch_size if expected else min(batch_size, len(held))
-                    rows = held + (openings(engine) if expected else [])
-                    engine = Engine(model, tokenizer, rows, at_once, grammar, None, standby, expected)
+                    rows = held + openings(engine)
+                    engine = Engine(model, tokenizer, rows, at_once, grammar, None, standby, None if over else expected)
                 waiting.extend(held)
                 held, busy = [], True
             if busy:
@@ -96,9 +96,9 @@ def known_prefixes(engine, rows):
 
 
 def openings(engine):
-    """Rows that only say how prompts may begin: as those of the engine before, or in any other way."""
+    """Rows that only say how prompts of an earlier engine began."""
     known = [list(prefix.tokens) for prefix in engine.slots.prefixes if prefix.tokens] if engine else []
-    prompts = [[UNK], *(tokens + [token] for tokens in known for token in range(LEAST_ROWS))]
+    prompts = [tokens + [token] for tokens in known for token in range(LEAST_ROWS)]
     return [Row(None, prompt, len(prompt) + 1) for prompt in prompts]
 
 

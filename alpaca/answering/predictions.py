@@ -31,10 +31,11 @@ def predict_rows(
     texts = [example["text"] for example in examples]
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts, standby)
     for example, answer in zip(examples, answers, strict=True):
-        yield _row(example, answer, labels, nested)
+        yield row_of(example, answer, labels, nested)
 
 
-def _row(example, answer, labels, nested):
+def row_of(example, answer, labels, nested):
+    """The row of predictions.jsonl of an example with its Answer; the rest as in predict_rows."""
     ner = labels is not None
     parsed = parse_answer((ner and answer.text) or "", example["text"], labels)
     row = {

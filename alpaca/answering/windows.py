@@ -1,8 +1,9 @@
 """Texts longer than the model is to read: an example a window, and the windows' rows joined again."""
 
+from functools import lru_cache, partial
 from typing import NamedTuple
 
-from alpaca.models.cut_text import Window, cut_text, room_for_text
+from alpaca.models.cut_text import Window, cut_text, room_for_text, token_ends
 from dataset import NO_ENTITY, gold_entities, task_of
 
 
@@ -43,7 +44,12 @@ def join_rows(text, windows, rows):
 
 
 def cut_examples(examples, model, tokenizer, train_args, facts):
-    """The CutExample of each example (dataset.example_of_input), in order.
+    """The CutExample of each example (dataset.example_of_input), in order; the rest as in `cutter`."""
+    return cutter(model, tokenizer, train_args, facts)(examples)
+
+
+def cutter(model, tokenizer, train_args, facts):
+    """A function from a list of examples to their CutExamples.
 
     train_args, facts: the adapter's (None, {}: the base alone). Its max_seq_length limits the tokens of a prompt with its
     answer, its text_tokens is how long texts usually were: on longer ones a model misses most entities, so windows are
@@ -52,50 +58,54 @@ def cut_examples(examples, model, tokenizer, train_args, facts):
     labels, _, _ = task_of(facts)
     positions = model.config.max_position_embeddings
     room = min(train_args.max_seq_length, positions) if train_args else positions
+    limit_of = lru_cache(64)(lambda instruct, prefix: room_for_text(tokenizer, instruct, prefix, room))
+    ends_of = partial(token_ends, tokenizer)
 
-    def cut(example):
+    def cut(example, tokens):
+        text, query = example["text"], example["query"]
         if not example.get("asks", True):
             return CutExample([], [], [])
-        return _whole(example) if labels is None else _cut_example(example, tokenizer, room, facts.get("text_tokens"))
+        if labels is None or not query.endswith(text):  # another task; a query of the user's own
+            return whole(example)
+        prefix = query[: len(query) - len(text)]
+        limit = limit_of(example["instruct"], prefix)
+        usual = min(facts.get("text_tokens") or limit, limit)
+        if limit < 1 or tokens <= usual:
+            return whole(example)
+        windows, inside = cut_text(text, ends_of, limit, usual)
+        if len(windows) == 1:
+            return whole(example)
+        texts = [text[begin:end] for begin, end in windows]
+        return CutExample([{**example, "text": t, "query": prefix + t, "answer": None} for t in texts], windows, inside)
 
-    return [cut(example) for example in examples]
+    def cut_all(examples):
+        counts = map(len, tokenizer.encode_texts([example["text"] for example in examples]))
+        return [cut(example, tokens) for example, tokens in zip(examples, counts, strict=True)]
 
-
-def _cut_example(example, tokenizer, room, usual):
-    """room: tokens of a prompt with its answer; usual: tokens of a text."""
-    text, query = example["text"], example["query"]
-    if not query.endswith(text):  # a query of the user's own
-        return _whole(example)
-    prefix = query[: len(query) - len(text)]
-    limit = room_for_text(tokenizer, example["instruct"], prefix, room)
-    if limit < 1:
-        return _whole(example)
-    usual = min(usual or limit, limit)
-    windows, inside = cut_text(text, lambda part: len(tokenizer.encode_texts([part])[0]), limit, usual)
-    if len(windows) == 1:
-        return _whole(example)
-    parts = [text[begin:end] for begin, end in windows]
-    return CutExample([{**example, "text": t, "query": prefix + t, "answer": None} for t in parts], windows, inside)
+    return cut_all
 
 
-def _whole(example):
+def whole(example):
+    """An example that is not cut."""
     return CutExample([example], [Window(0, len(example["text"]))], [])
 
 
 def rows_of_texts(examples, cuts, rows):
-    """Yield each example's row of predictions.jsonl behind its own keys, with what is right for it, where known.
-
-    cuts: the CutExample of each. rows: an iterator over the rows of all their parts, in order.
-    """
+    """Yield each example's row of predictions.jsonl. cuts: the CutExample of each. rows: an iterator over the rows of all
+    their parts, in order."""
     for example, cut in zip(examples, cuts, strict=True):
-        own = example.get("own", {})
-        if not cut.windows:
-            yield {**own, "text": example["text"], "answer": example["answer"], "prediction": "", "entities": []}
-            continue
-        if len(cut.windows) == 1:
-            yield {**own, **next(rows)}
-            continue
-        row = join_rows(example["text"], cut.windows, [next(rows) for _ in cut.windows])
-        if example["answer"] is not None:
-            row |= {"answer": example["answer"], "gold": gold_entities(example)}
-        yield {**own, **row}
+        yield row_of_text(example, cut, [next(rows) for _ in cut.parts])
+
+
+def row_of_text(example, cut, rows):
+    """An example's row of predictions.jsonl, from those of its parts: behind its own keys, with what is right for it, where
+    known."""
+    own = example.get("own", {})
+    if not rows:
+        return {**own, "text": example["text"], "answer": example["answer"], "prediction": "", "entities": []}
+    if len(rows) == 1:
+        return {**own, **rows[0]}
+    row = join_rows(example["text"], cut.windows, rows)
+    if example["answer"] is not None:
+        row |= {"answer": example["answer"], "gold": gold_entities(example)}
+    return {**own, **row}

@@ -4,9 +4,12 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from threading import Event, Thread
 
 from tqdm import tqdm
+
+FIRST_LINE_SECONDS, LINE_SECONDS = 10, 60  # between the lines that stand for a bar in a file
 
 
 def forgive_encoding():
@@ -57,6 +60,21 @@ def waiting(what, every=30):
         yield
     finally:
         ended.set()
+
+
+def progress_or_lines(iterable, total, desc, unit):
+    """As `progress`; where the output goes to a file, a whole line now and then: how much is done, how fast, how long yet."""
+    if sys.stderr.isatty():
+        yield from progress(iterable, total=total, desc=desc, unit=unit)
+        return
+    begin, next_line = time.monotonic(), FIRST_LINE_SECONDS
+    for done, item in enumerate(iterable, 1):
+        yield item
+        passed = time.monotonic() - begin
+        if passed > next_line:
+            next_line = passed + LINE_SECONDS
+            left = timedelta(seconds=round((total - done) * passed / done))
+            say(f"{desc} {done}/{total} {unit}，每秒 {done / passed:.1f} {unit}，还要 {left}")
 
 
 def end_bars():

@@ -3,6 +3,7 @@
 import json
 import re
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 from alpaca.common.errors import UserError
@@ -26,55 +27,62 @@ def read_inputs(path):
 
 
 def read_texts(path):
-    """Texts to answer, one for each row of the file in order, as a list of dicts.
+    """Yield texts to answer, one for each row of the file in order, as dicts.
 
     Each has a `text`, perhaps empty, and what else its row has: `query`, `instruct`, `answer`, or keys of the user's own.
     A row is a line, blank or not, an object of JSON lines or of a JSON array, or a row of a table with a column `text`,
-    `query` or `instruct`. UserError for a file that is none of these, or of which no row asks anything.
+    `query` or `instruct`. Lines are read as they are asked for; an array and a workbook must be held whole. UserError for
+    a file that is none of these and, at its end, for one of which no row asks anything.
     """
     if zipfile.is_zipfile(path) and zip_kind(path)[0] == "an Excel workbook":
-        records = [record_of(f"{path}, row {number}", strings(row)) for number, row in read_workbook(path, ASKED)]
+        records = (record_of(f"{path}, row {number}", strings(row)) for number, row in read_workbook(path, ASKED))
     else:
-        lines = list(read_lines(path))
-        records = records_of(path, lines, next((line for _, line in lines if line.strip()), ""))
-    if not any(record[key].strip() for record in records for key in ASKED if record.get(key)):
+        begin = list(islice((line for _, line in read_lines(path) if line.strip()), FEWEST_TAGGED))
+        records = records_of(path, begin)
+    asks = False
+    for record in records:
+        asks = asks or any(record[key].strip() for key in ASKED if record.get(key))
+        yield record
+    if not asks:
         raise UserError(f"{path}: the file holds only blank lines")
-    return records
 
 
-def records_of(path, lines, first):
-    """The rows of a text file. lines: [(number, line)]; first: the first that is not blank."""
+def records_of(path, begin):
+    """The rows of a text file, an iterator. begin: its first lines that are not blank."""
+    first = begin[0] if begin else ""
     start = first.lstrip()
     if ARRAY.match(start):
-        whole = parse_json(path, "\n".join(line for _, line in lines))
-        return [
+        whole = parse_json(path, "\n".join(line for _, line in read_lines(path)))
+        return (
             record_of(f"{path}, item {n}", {"text": item} if isinstance(item, str) else item)
             for n, item in enumerate(whole, 1)
-        ]
+        )
     if start.rstrip() == "{":
         raise UserError(f"{path}: an object over several lines; give one object a line, or a list [{{…}}, {{…}}]")
     if start.startswith("{"):
-        return [record_of(f"{path}:{number}", record) for number, record in read_jsonl(path)]
+        return (record_of(f"{path}:{number}", record) for number, record in read_jsonl(path))
     delimiter = csv_delimiter(first, ASKED)
+    if delimiter is None and Path(path).suffix.lower() in (".csv", ".tsv"):
+        if start.strip('"') not in ASKED:  # else: one column
+            raise UserError(
+                f"{path}: no column {', '.join(ASKED)} in the header {first[:60]!r}; name that of the texts text"
+            )
+        delimiter = ","
     if delimiter:
-        return [record_of(f"{path}:{number}", row) for number, row in read_csv(path, delimiter)]
-    if Path(path).suffix.lower() in (".csv", ".tsv"):
-        if start.strip('"') in ASKED:  # one column
-            return [record_of(f"{path}:{number}", row) for number, row in read_csv(path, ",")]
-        raise UserError(
-            f"{path}: no column {', '.join(ASKED)} in the header {first[:60]!r}; name that of the texts text"
-        )
-    tagged = [split_columns(line) for _, line in lines if line.strip()][:FEWEST_TAGGED]
+        return (record_of(f"{path}:{number}", row) for number, row in read_csv(path, delimiter))
+    tagged = [split_columns(line) for line in begin]
     if len(tagged) == FEWEST_TAGGED and all(tagged):
         raise UserError(f"{path}: a corpus of characters and tags, {first!r}, not of texts; process.py reads those")
-    for number, line in lines:
-        if line.lstrip().startswith("{") and is_object(line):
-            raise UserError(f"{path}:{number}: a JSON object among lines of plain text; give one kind")
-        if "\r" in line:
-            raise UserError(
-                f"{path}:{number}: a carriage return in the line; make it a line end: tr '\\r' '\\n' < {path}"
-            )
-    return [{"text": line} for _, line in lines]
+    return ({"text": checked_line(f"{path}:{number}", path, line)} for number, line in read_lines(path))
+
+
+def checked_line(where, path, line):
+    """A line of plain text."""
+    if line.lstrip().startswith("{") and is_object(line):
+        raise UserError(f"{where}: a JSON object among lines of plain text; give one kind")
+    if "\r" in line:
+        raise UserError(f"{where}: a carriage return in the line; make it a line end: tr '\\r' '\\n' < {path}")
+    return line
 
 
 def strings(row):

@@ -1,8 +1,9 @@
 """Documents that are too long to train on, cut at sentence ends as predict.py cuts what it answers."""
 
+from functools import partial
 from typing import NamedTuple
 
-from alpaca.models.cut_text import cut_text, room_for_text
+from alpaca.models.cut_text import cut_text, room_for_text, token_ends
 from dataset import encode_examples, format_answer
 
 
@@ -44,7 +45,7 @@ def cut_document(example, task, tokenizer, room, max_seq_length):
     """
     text, keep = example["text"], [(e["begin"], e["end"]) for e in example["entities"]]
     while True:
-        cut = cut_text(text, lambda part: len(tokenizer.encode_texts([part])[0]), room, keep=keep)
+        cut = cut_text(text, partial(token_ends, tokenizer), room, keep=keep)
         windows = [part_of(example, w, task) for w in cut.windows if text[w.begin : w.end].strip()]
         if room < 2 or max(count_tokens(tokenizer, windows)) <= max_seq_length:
             return cut, windows

@@ -98,7 +98,7 @@ def load_for_inference(
     Refuses, before the weights load, a base or a tokenizer that is not the adapter's. `merge`: add the LoRA to the
     weights, which then cost nothing more; the base alone is gone. On a quantized base it stays apart.
     """
-    base = base_model or (_base_of(adapter, train_args) if adapter else DEFAULT_BASE)
+    base = base_folder(adapter, train_args, base_model)
     config = check_model_dir(base)
     tokenizer_dir = tokenizer_path or base
     tokenizer = load_tokenizer(tokenizer_dir)
@@ -120,8 +120,10 @@ def load_for_inference(
     return model.eval(), tokenizer
 
 
-def _base_of(adapter, train_args):
-    """The folder of the base that an adapter says it was trained on."""
+def base_folder(adapter, train_args, base_model):
+    """The folder of the base: --base_model, else the one that the adapter says it was trained on, else the trainers'."""
+    if base_model or not adapter:
+        return base_model or DEFAULT_BASE
     if train_args:
         return train_args.model_dir
     named = read_adapter(adapter).config.get("base_model_name_or_path")

@@ -1,7 +1,8 @@
 """A text that is longer than a model is to read, cut at sentence ends."""
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from itertools import accumulate
 from typing import NamedTuple
 
 from dataset import build_prompt, encode_prompts
@@ -26,38 +27,60 @@ class Cut(NamedTuple):
     inside: list  # those of the windows' ends that are inside a sentence
 
 
-def cut_text(text, count_tokens, room, usual=None, keep=()):
+def token_ends(tokenizer, text):
+    """Where each of a text's tokens ends, in characters; 0 for a space that the tokenizer puts before the text."""
+    (ids,) = tokenizer.encode_texts([text])
+    ends = list(accumulate(len(tokenizer.token_bytes[token]) for token in ids))
+    before = (ends[-1] if ends else 0) - len(text.encode())
+    starts = list(accumulate((len(character.encode()) for character in text), initial=0))
+    return [min(bisect_left(starts, max(end - before, 0)), len(text)) for end in ends]
+
+
+def cut_text(text, ends_of, room, usual=None, keep=()):
     """Cut a text into windows of at most `room` tokens -> Cut.
 
-    count_tokens: str -> int, which must not fall as the text grows (the longest part that fits is found by bisection). usual: how many
-    tokens texts usually have (None: `room`). A window is as many whole sentences as have at most `usual` tokens
-    together, but at least one sentence. A sentence of more than `room` tokens is cut after a clause or, where there is
-    no clause, anywhere. keep: [(begin, end)] of the text, which no window's end goes across if each fits into one.
+    ends_of: from a text to the ends of its tokens (token_ends); it is asked once for the whole text, and for each window
+    once, since a part may have a token more than it has within the text. usual: how many tokens texts usually have
+    (None: `room`). A window is as many whole sentences as have at most `usual` tokens together, but at least one
+    sentence. A sentence of more than `room` tokens is cut after a clause or, where there is no clause, anywhere. keep:
+    [(begin, end)] of the text, which no window's end goes across if each fits into one.
     """
-    usual = room if usual is None else usual
-    if count_tokens(text) <= usual:
+    usual, ends = room if usual is None else usual, ends_of(text)
+    if len(ends) <= usual:
         return Cut([Window(0, len(text))], [])
+    before = bisect_right(ends, 0)  # tokens of no character, which every window has
     windows, inside, begin = [], [], 0
     while begin < len(text):
-        end = begin + _longest(text[begin:], count_tokens, room)
-        ends = _ends(SENTENCE_END, text, begin, end, keep) + [end] * (end == len(text))
-        if ends:
-            end = max((last for last in ends if count_tokens(text[begin:last]) <= usual), default=ends[0])
-        else:
-            end = max(_ends(CLAUSE_END, text, begin, end, keep), default=_before(keep, begin, end))
-            inside.append(end)
+        most = room
+        while True:
+            end, is_inside = _window_end(text, begin, ends, most - before, usual - before, keep)
+            excess = len(ends_of(text[begin:end])) - room
+            if excess <= 0 or most <= before + 1:
+                break
+            most = min(most, bisect_right(ends, end) - bisect_right(ends, begin) + before) - excess
         windows.append(Window(begin, end))
+        inside += [end] * is_inside
         begin = end
     return Cut(windows, inside)
 
 
-def _longest(text, count_tokens, room):
-    """How many characters of the text have at most `room` tokens; at least one, so that every window ends."""
-    reach = 64
-    while reach < len(text) and count_tokens(text[:reach]) <= room:
-        reach *= 2
-    reach = min(reach, len(text))
-    return max(bisect_left(range(1, reach + 1), True, key=lambda n: count_tokens(text[:n]) > room), 1)
+def _window_end(text, begin, ends, room, usual, keep):
+    """(where the window ends that begins there, whether that is inside a sentence). ends: of the text's tokens."""
+    first = bisect_right(ends, begin)
+
+    def reach(tokens):
+        """How far so many tokens go; at least a character, so that every window ends."""
+        last = first + max(tokens, 1)
+        if last >= len(ends):
+            return len(text)
+        return max(ends[last - 1] if ends[last] > ends[last - 1] else ends[last] - 1, begin + 1)
+
+    end = reach(room)
+    sentences = _ends(SENTENCE_END, text, begin, end, keep) + [end] * (end == len(text))
+    if sentences:
+        whole = bisect_right(sentences, reach(usual))
+        return sentences[max(whole - 1, 0)], False
+    return max(_ends(CLAUSE_END, text, begin, end, keep), default=_before(keep, begin, end)), True
 
 
 def _ends(pattern, text, begin, end, keep):

@@ -59,7 +59,7 @@ def make_events(gr, models):
         yield note_html("正在读文件，切分……"), hidden
         with refusing(path):
             rows = None
-            steps = models.answer_texts(name, read_texts(path))
+            steps = models.answer_texts(name, list(read_texts(path)))
             for step in now_and_then(until_stopped(steps, request.session_hash)):
                 rows = step.rows
                 if not rows:

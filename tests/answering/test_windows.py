@@ -10,36 +10,41 @@ from alpaca.models.tokenizer import load_tokenizer
 from dataset import example_of_input
 
 
+def ends_of(text):
+    """As if each character were a token."""
+    return range(1, len(text) + 1)
+
+
 def test_a_text_that_fits_is_one_window():
-    assert cut_text("王明去了北京。他说好。", len, 11) == ([(0, 11)], [])
-    assert cut_text("", len, 5) == ([(0, 0)], [])
+    assert cut_text("王明去了北京。他说好。", ends_of, 11) == ([(0, 11)], [])
+    assert cut_text("", ends_of, 5) == ([(0, 0)], [])
 
 
 def test_windows_end_with_sentences():
     text = "他说：“王明到了。”北京很冷！？\n没有雪……于是回家。"
-    windows, inside = cut_text(text, len, 12)
+    windows, inside = cut_text(text, ends_of, 12)
     assert [text[begin:end] for begin, end in windows] == ["他说：“王明到了。”", "北京很冷！？\n没有雪……", "于是回家。"]
     assert inside == []
 
 
 def test_what_is_cut_inside_a_sentence_is_named():
     text = "王明在北京，李华在上海，都没有回来。" + "长" * 20 + "。好。"
-    windows, inside = cut_text(text, len, 10)
+    windows, inside = cut_text(text, ends_of, 10)
     assert [text[begin:end] for begin, end in windows] == [
         *("王明在北京，", "李华在上海，", "都没有回来。", "长" * 10, "长" * 10, "。好。"),
     ]
     assert inside == [6, 12, 28, 38]
-    assert cut_text("v1.5 and 3.14. The end", len, 16)[0] == [(0, 14), (14, 22)]
+    assert cut_text("v1.5 and 3.14. The end", ends_of, 16)[0] == [(0, 14), (14, 22)]
 
 
 def test_windows_are_as_long_as_texts_usually_are():
     """Sentences are joined to the usual length; one that is longer stays whole as long as it fits."""
     text = "王明到了。他说好。" + "去年在北京，我们都说好。" + "好。好。"
-    windows, inside = cut_text(text, len, 15, 10)
+    windows, inside = cut_text(text, ends_of, 15, 10)
     assert [text[begin:end] for begin, end in windows] == ["王明到了。他说好。", "去年在北京，我们都说好。", "好。好。"]
     assert inside == []
-    assert cut_text("长" * 14, len, 15, 10) == ([(0, 14)], [])
-    windows, inside = cut_text("长" * 14 + "，好", len, 15, 10)
+    assert cut_text("长" * 14, ends_of, 15, 10) == ([(0, 14)], [])
+    windows, inside = cut_text("长" * 14 + "，好", ends_of, 15, 10)
     assert (windows, inside) == ([(0, 15), (15, 16)], [15])
 
 
@@ -49,7 +54,7 @@ def test_windows_of_random_texts():
     for _ in range(200):
         text = "".join(draw.choices("王明北京去年，。！\n ”", weights=[5] * 6 + [1] * 6, k=draw.randint(1, 300)))
         limit = draw.randint(1, 60)
-        windows, inside = cut_text(text, len, limit, draw.randint(1, limit))
+        windows, inside = cut_text(text, ends_of, limit, draw.randint(1, limit))
         assert "".join(text[begin:end] for begin, end in windows) == text
         assert all(0 < end - begin <= limit for begin, end in windows)
         assert all(text[end - 1] in "。！\n”" for _, end in windows[:-1] if end not in inside)
@@ -58,15 +63,20 @@ def test_windows_of_random_texts():
 
 def test_no_window_ends_across_what_is_to_be_kept():
     """Even where it would end anywhere; what is longer than a window is cut all the same."""
-    assert cut_text("长" * 30, len, 10, keep=[(8, 12), (6, 9), (12, 18)])[0] == [(0, 6), (6, 12), (12, 22), (22, 30)]
-    assert cut_text("长" * 30, len, 10, keep=[(0, 30)])[0] == [(0, 10), (10, 20), (20, 30)]
-    assert cut_text("好。长，长" * 2, len, 5, keep=[(1, 3)])[0] == [(0, 4), (4, 7), (7, 10)]
+    assert cut_text("长" * 30, ends_of, 10, keep=[(8, 12), (6, 9), (12, 18)])[0] == [
+        (0, 6),
+        (6, 12),
+        (12, 22),
+        (22, 30),
+    ]
+    assert cut_text("长" * 30, ends_of, 10, keep=[(0, 30)])[0] == [(0, 10), (10, 20), (20, 30)]
+    assert cut_text("好。长，长" * 2, ends_of, 5, keep=[(1, 3)])[0] == [(0, 4), (4, 7), (7, 10)]
 
 
 def test_a_book_takes_no_time():
     text = "王明去年在北京，李华在上海。" * 1500
     start = time.perf_counter()
-    windows, inside = cut_text(text, len, 300)
+    windows, inside = cut_text(text, ends_of, 300)
     assert len(windows) == 72 and not inside and time.perf_counter() - start < 2
 
 

@@ -631,3 +631,11 @@ def test_another_version_ends_the_start_before_a_library_is_imported(script, tmp
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: peft 0.20.0: this needs 0.21; ") and done.stderr.count("\n") == 1
+
+
+def test_every_command_takes_the_number_that_a_launcher_gives():
+    """Also one whose CONFIG has no such key: it is of this run alone and no option."""
+    args = parse_config({"lora": {"r": 8}}, __file__, ["--local_rank=1", "--lora_r=2", "--local_rank", "3"])
+    assert args.nested == {"lora": {"r": 2}}
+    with pytest.raises(SystemExit):
+        parse_config({"lora": {"r": 8}}, __file__, ["--local_rank=x"])

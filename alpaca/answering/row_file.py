@@ -1,0 +1,139 @@
+"""A file of rows that is written as they come, and what `--resume` must know of it."""
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+from alpaca.common.console import end_bars, say
+from alpaca.common.errors import UserError
+from alpaca.common.locks import locked
+from alpaca.models.adapters import open_output
+from alpaca.models.base import check_model_dir
+from dataset import PROMPT_SHA256
+
+WEIGHTS = (".safetensors", ".bin")
+PARTS, PART_BYTES = 16, 2**16  # of a base's file, so much is read: enough to tell two models apart
+KNOWN_BY_CONTENT = ("adapter", "base", "input")  # these may stand elsewhere when a run goes on
+
+
+def made_with(adapter, base, input_path, options):
+    """What decides the rows, as <output>.run.json holds it. options: {name: value}, of those that do."""
+    check_model_dir(base)
+    return {
+        "adapter": adapter and str(adapter),
+        "adapter_sha256": adapter and _sha256(file for file in sorted(adapter.iterdir()) if file.suffix in WEIGHTS),
+        "base": str(base),
+        "base_sha256": _sha256(
+            (f for f in sorted(Path(base).iterdir()) if f.suffix in (*WEIGHTS, ".model")), parts=True
+        ),
+        "template": PROMPT_SHA256,
+        "input": input_path and str(input_path),
+        "input_sha256": input_path and _sha256([Path(input_path)]),
+        **options,
+    }
+
+
+def _sha256(files, parts=False):
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if not parts or size < PARTS * PART_BYTES:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+                continue
+            digest.update(f"{path.name} {size}\n".encode())
+            for part in range(PARTS):
+                file.seek((size - PART_BYTES) * part // (PARTS - 1))
+                digest.update(file.read(PART_BYTES))
+    return digest.hexdigest()
+
+
+class RowFile:
+    """A file of rows on rank 0. `first`: how many it holds already."""
+
+    def __init__(self, path, file, facts, first):
+        self.path, self.file, self.facts, self.first = Path(path), file, facts, first
+        self.count, self.begun = first, False
+
+    def begin(self):
+        """What was in it goes now, unless it goes on. A failure up to here has lost nothing."""
+        self.begun = True
+        if not self.first:
+            self.file.truncate(0)
+            note = _note_of(self.path)
+            note.with_name(note.name + ".new").write_text(
+                json.dumps(self.facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+            )
+            note.with_name(note.name + ".new").replace(note)
+
+    def write(self, row):
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+        self.count += 1
+
+
+@contextmanager
+def row_file(path, facts, total, resume, remedy="name another file"):
+    """A RowFile, opened before anything is computed; with resume it holds the rows of the first texts already.
+
+    facts: of made_with. Where it ends early, a line says how to go on. UserError where the file was made with other facts.
+    """
+    with open_output(path, remedy) as file, locked(path):
+        rows = RowFile(path, file, facts, _rows_written(Path(path), facts, total) if resume else 0)
+        try:
+            yield rows
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            if rows.begun:
+                end_bars()
+                command = [word for word in sys.argv if not word.startswith(("--resume", "--local_rank"))]
+                say(f"{path} 里有 {rows.count} 条，接着做: python {shlex.join([*command, '--resume'])}")
+            raise
+
+
+def _note_of(path):
+    return path.with_name(path.name + ".run.json")
+
+
+def _rows_written(path, facts, total):
+    """How many rows the file holds; half a row at its end is cut off."""
+    count = end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count, end = count + 1, end + len(line)
+        if count:
+            _check_facts(path, facts)
+        if count > total:
+            raise UserError(f"{path}: holds {count} rows, the input {total}; name another file, or no --resume")
+        file.truncate(end)
+    return count
+
+
+def _check_facts(path, facts):
+    note = _note_of(path)
+    try:
+        written = dict(json.loads(note.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise UserError(
+            f"{path}: {note.name} beside it, which says what its rows were made with, is missing or not whole; name "
+            "another file, or no --resume"
+        ) from None
+    for key, value in facts.items():
+        if key not in KNOWN_BY_CONTENT and written.get(key) != value:
+            was, now = ({**known, key: known.get(key)} for known in (written, facts))
+            raise UserError(
+                f"{path}: its rows were made with {_shown(key, was)}, this run has {_shown(key, now)}; make them equal, "
+                "name another file, or no --resume"
+            )
+
+
+def _shown(key, facts):
+    """A value; of a hash the beginning, with the path of what it is of."""
+    name = key.removesuffix("_sha256")
+    return f"{name} {facts.get(name)} ({str(facts[key])[:12]}…)" if name != key else f"{key} {str(facts[key])[:60]}"

@@ -1,0 +1,122 @@
+"""Texts -> rows of predictions.jsonl, each as soon as its answer is there, with nothing kept of those that are done."""
+
+import hashlib
+import marshal
+from collections import OrderedDict
+from functools import lru_cache
+from typing import NamedTuple
+
+from alpaca.answering.generate import Request, answer_requests, draw
+from alpaca.answering.predictions import row_of
+from alpaca.answering.row import Answer
+from alpaca.answering.windows import row_of_text
+from dataset import BOS, build_prompt
+
+KNOWN = 100_000  # equal texts among so many are answered once; an answer takes some 400 bytes
+ENCODED = 64  # texts that are encoded together
+
+
+class Asked(NamedTuple):
+    """A text that is being answered."""
+
+    example: dict
+    cut: tuple  # CutExample
+    answers: list  # of each window; None: not there yet
+
+
+class Answering(NamedTuple):
+    """With what, and how, texts are answered."""
+
+    model: object
+    tokenizer: object
+    cut: object  # windows.cutter, or a function from examples to CutExamples
+    labels: list | None
+    max_new_tokens: int
+    batch_size: int
+    grammar: object = None
+    nested: bool = False
+
+    def __call__(self, numbered, expected):
+        """Yield lists of (number, [row, ends inside a sentence]) of the texts that are answered, in whatever order.
+
+        numbered: an iterator of (number, dataset.example_of_input); None in it means that there is none for now.
+        expected: how many there will be, about.
+        """
+        asked, known, done = {}, OrderedDict(), []
+        requests = self._requests(numbered, asked, known, done)
+        limits = self.max_new_tokens, self.batch_size, self.grammar, max(1, expected)
+        for ended in answer_requests(self.model, self.tokenizer, requests, *limits):
+            for digest, answer in ended:
+                for number, i in known[digest]:
+                    asked[number].answers[i] = answer
+                    if None not in asked[number].answers:
+                        done.append(number)
+                known[digest] = marshal.dumps(tuple(answer))
+            yield [(number, self._row(asked.pop(number))) for number in done]
+            done.clear()
+
+    def _row(self, text):
+        parts = zip(text.cut.parts, text.answers, strict=True)
+        rows = [row_of(part, answer, self.labels, self.nested) for part, answer in parts]
+        return [row_of_text(text.example, text.cut, rows), text.cut.inside]
+
+    def _requests(self, numbered, asked, known, done):
+        """The Requests of what was not asked before. asked: {number: Asked}; known: {digest: the answer, packed, or, while
+        it is waited for, [(number, window)]}; done: numbers of texts whose answers are all there."""
+        prompts_of, over = prompt_encoder(self.tokenizer), False
+        while not over:
+            items, over = draw(numbered, ENCODED)
+            new, cuts = [], self.cut([example for _, example in items])
+            for (number, example), cut in zip(items, cuts, strict=True):
+                asked[number] = Asked(example, cut, [None] * len(cut.parts))
+                for i, part in enumerate(cut.parts):
+                    digest = digest_of(part)
+                    found = known.setdefault(digest, [])
+                    if isinstance(found, bytes):
+                        asked[number].answers[i] = Answer(*marshal.loads(found))
+                        continue
+                    if not found:
+                        new.append((digest, part))
+                    found.append((number, i))
+                if None not in asked[number].answers:
+                    done.append(number)
+            for (digest, part), prompt in zip(new, prompts_of([part for _, part in new]), strict=True):
+                yield Request(digest, prompt, part["text"])
+            while len(known) > KNOWN and isinstance(known[oldest := next(iter(known))], bytes):
+                del known[oldest]
+            if len(items) < ENCODED or not new:
+                yield None
+
+
+def digest_of(part):
+    """Of all that its answer depends on."""
+    asked = "\0".join((part["instruct"], part["query"], part["text"]))
+    return hashlib.blake2b(asked.encode(), digest_size=16).digest()
+
+
+def prompt_encoder(tokenizer):
+    """A function from examples to prompts as dataset.encode_prompts makes them, which encodes each instruction once.
+
+    That can be done where a line feed is always a token of its own, as in LLaMA's vocabularies: what stands before it
+    and behind it are then encoded as if each stood alone. The tokenizer puts a space before a text; that goes.
+    """
+    (feed,) = tokenizer.encode_texts(["\n"])
+    pieces = [tokenizer.token_bytes[token] for token in feed]
+    apart = pieces and pieces[-1] == b"\n" and not b"".join(pieces[:-1]).strip()
+    apart = apart and sum(b"\n" in piece for piece in tokenizer.token_bytes) == 1
+
+    @lru_cache(64)
+    def head_ids(head):
+        return tuple(tokenizer.encode_texts([head])[0])
+
+    def encode(examples):
+        heads, tails = [], []
+        for example in examples:
+            prompt = build_prompt(example["instruct"], example["query"])
+            at = prompt.rfind("\n" + example["query"]) if apart and example["query"] else 0
+            heads.append(prompt[: max(at, 0)])
+            tails.append(prompt[max(at, 0) :])
+        encoded = zip(heads, tokenizer.encode_texts(tails), strict=True)
+        return [[BOS, *head_ids(head), *ids[len(feed) - 1 :]] if head else [BOS, *ids] for head, ids in encoded]
+
+    return encode

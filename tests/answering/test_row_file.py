@@ -1,0 +1,87 @@
+"""What a file of rows says of how it was made.     python -m pytest tests/answering/test_row_file.py"""
+
+import json
+import re
+
+import pytest
+
+from alpaca.answering.row_file import made_with, row_file
+from alpaca.common.errors import UserError
+
+
+@pytest.fixture
+def facts(tmp_path):
+    for name in ("adapter", "base"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 3_000_000)
+    (tmp_path / "base" / "config.json").write_text("{}")
+    (tmp_path / "in.txt").write_text("一\n二\n三\n", encoding="utf-8")
+    return facts_of(tmp_path)
+
+
+def facts_of(folder):
+    return made_with(folder / "adapter", folder / "base", folder / "in.txt", {"max_new_tokens": 8, "labels": ["人名"]})
+
+
+def write(path, facts, rows, resume=False, total=3):
+    with row_file(path, facts, total, resume) as file:
+        file.begin()
+        for row in rows:
+            file.write(row)
+        return file.first
+
+
+def test_a_file_goes_on_behind_its_last_whole_row(tmp_path, facts):
+    path = tmp_path / "out" / "rows.jsonl"
+    assert write(path, facts, [{"n": 1}, {"n": 2}], resume=True) == 0  # nothing to go on with is no error
+    with path.open("ab") as file:
+        file.write(b'{"n": "\xe4')
+    assert write(path, facts, [{"n": 3}], resume=True) == 2
+    assert path.read_text() == '{"n": 1}\n{"n": 2}\n{"n": 3}\n'
+    with pytest.raises(UserError, match="holds 3 rows, the input 2"):
+        write(path, facts, [], resume=True, total=2)
+    assert write(path, facts, [{"n": 9}]) == 0 and path.read_text() == '{"n": 9}\n'
+    assert sorted(p.name for p in path.parent.iterdir()) == ["rows.jsonl", "rows.jsonl.run.json"]
+
+
+@pytest.mark.parametrize("key", ["adapter", "base", "input", "max_new_tokens", "template"])
+def test_another_run_is_refused_with_both_values(tmp_path, facts, key):
+    path = tmp_path / "rows.jsonl"
+    write(path, facts, [{"n": 1}])
+    if key == "input":
+        (tmp_path / "in.txt").write_text("一\n四\n三\n", encoding="utf-8")
+    elif key in ("adapter", "base"):
+        with (tmp_path / key / "model.safetensors").open("r+b") as file:
+            file.seek(2_999_000)
+            file.write(b"y")
+    now = facts_of(tmp_path) if key in ("adapter", "base", "input") else {**facts, key: "other"}
+    named = f"{key}_sha256" if key in ("adapter", "base", "input") else key
+    with pytest.raises(UserError) as error:
+        write(path, now, [{"n": 2}], resume=True)
+    assert all(str(value[named])[:12] in str(error.value) for value in (facts, now)), error.value
+    assert re.search(rf"were made with {key} .*, this run has {key} ", str(error.value))
+    assert path.read_text() == '{"n": 1}\n'
+
+
+def test_the_same_files_elsewhere_are_the_same(tmp_path, facts):
+    path = tmp_path / "rows.jsonl"
+    write(path, facts, [{"n": 1}])
+    (tmp_path / "base").rename(tmp_path / "moved")
+    now = made_with(
+        tmp_path / "adapter", tmp_path / "moved", tmp_path / "in.txt", {"max_new_tokens": 8, "labels": ["人名"]}
+    )
+    assert write(path, now, [], resume=True) == 1
+    (tmp_path / "rows.jsonl.run.json").unlink()
+    with pytest.raises(UserError, match="rows.jsonl.run.json beside it, .* is missing"):
+        write(path, now, [], resume=True)
+
+
+def test_what_ends_early_says_how_to_go_on(tmp_path, facts, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["predict.py", "--input_path=a b", "--resume", "--local_rank=0"])
+    path = tmp_path / "rows.jsonl"
+    with pytest.raises(KeyboardInterrupt), row_file(path, facts, 3, False) as file:
+        file.begin()
+        file.write({"n": 1})
+        assert json.loads(path.read_text()) == {"n": 1}  # on disk at once
+        raise KeyboardInterrupt
+    assert f"{path} 里有 1 条，接着做: python predict.py '--input_path=a b' --resume" in capsys.readouterr().err
