@@ -51,20 +51,19 @@ def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, gram
         while True:
             if not over and not held and len(waiting) < batch_size:
                 came, over = draw(requests, most)
-                rows = [Row(r.key, r.prompt, min(len(r.prompt) + max_new_tokens, positions), r.text) for r in came]
-                # The longest of a chunk first: what is left when nothing waits any more is short.
-                numbered = [(i, row) for i, row in enumerate(rows, drawn) if len(row.prompt) < positions]
-                held = [row for _, row in sorted(numbered, key=lambda pair: (pair[0] // chunk, -len(pair[1].prompt)))]
-                yield [(row.number, NO_ANSWER) for row in rows if len(row.prompt) >= positions]
-                drawn, most = drawn + len(rows), chunk if drawn else most
+                held, too_long = rows_of(came, max_new_tokens, positions, drawn, chunk)
+                drawn, most = drawn + len(came), chunk if drawn else most
+                yield [(key, NO_ANSWER) for key in too_long]
             busy = waiting or engine and engine.busy
             if held and (not busy or known_prefixes(engine, held)):
                 if not engine or not known_prefixes(engine, held):
                     at_once = standby.at_once if standby else batch_size if expected else min(batch_size, len(held))
-                    rows = held + openings(engine)
-                    engine = Engine(model, tokenizer, rows, at_once, grammar, None, standby, None if over else expected)
+                    first = held + openings(engine)
+                    engine = Engine(
+                        model, tokenizer, first, at_once, grammar, None, standby, None if over else expected
+                    )
                 waiting.extend(held)
-                held, busy = [], True
+                held, first, busy = [], None, True
             if busy:
                 yield [(row.number, row.answer(tokenizer, grammar)) for row in engine.advance(waiting)]
             elif over and not held:
@@ -86,6 +85,16 @@ def draw(items, most):
         if len(drawn) == most:
             return drawn, False
     return drawn, True
+
+
+def rows_of(requests, max_new_tokens, positions, drawn, chunk):
+    """(the Rows of the requests that fit, the longest of a chunk first; the keys of the others). drawn: how many came
+    before these."""
+    numbered = [(i // chunk, r) for i, r in enumerate(requests, drawn) if len(r.prompt) < positions]
+    # What is left when nothing waits any more is short.
+    numbered.sort(key=lambda pair: (pair[0], -len(pair[1].prompt)))
+    rows = [Row(r.key, r.prompt, min(len(r.prompt) + max_new_tokens, positions), r.text) for _, r in numbered]
+    return rows, [r.key for r in requests if len(r.prompt) >= positions]
 
 
 def known_prefixes(engine, rows):

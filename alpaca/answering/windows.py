@@ -79,6 +79,8 @@ def cutter(model, tokenizer, train_args, facts):
         return CutExample([{**example, "text": t, "query": prefix + t, "answer": None} for t in texts], windows, inside)
 
     def cut_all(examples):
+        if labels is None:
+            return [cut(example, 0) for example in examples]
         counts = map(len, tokenizer.encode_texts([example["text"] for example in examples]))
         return [cut(example, tokens) for example, tokens in zip(examples, counts, strict=True)]
 

@@ -93,12 +93,12 @@ def test_excel(tmp_path):
         {"text": "110"},
     ]
     with pytest.raises(UserError, match="a.xlsx: no sheet has a column 'text' or .*表0: empty; 表1: empty"):
-        read_texts(write_workbook(tmp_path / "a.xlsx", "", ""))
+        list(read_texts(write_workbook(tmp_path / "a.xlsx", "", "")))
     with pytest.raises(UserError, match="a.xlsx: more than one sheet holds texts \\('表0', '表1'\\); keep one"):
-        read_texts(write_workbook(tmp_path / "a.xlsx", rows, rows, strings=strings))
+        list(read_texts(write_workbook(tmp_path / "a.xlsx", rows, rows, strings=strings)))
     write_workbook(tmp_path / "a.xlsx", "<row>")
     with pytest.raises(UserError, match="a.xlsx: not a workbook that can be read"):
-        read_texts(tmp_path / "a.xlsx")
+        list(read_texts(tmp_path / "a.xlsx"))
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_a_file_comes_back_as_predict_would_write_it(page, loaded, tmp_path):
     """Plain lines, one of them longer than a window."""
     upload = tmp_path / "我的 文本.txt"
     upload.write_text("王明在北京。\n\n" + LONG + "\n李华去年在上海。\n" + "新闻。\n" * 5, encoding="utf-8")
-    rows, cuts = predicted(loaded, read_texts(upload))
+    rows, cuts = predicted(loaded, list(read_texts(upload)))
     assert [len(cut.windows) > 1 for cut in cuts] == [False, False, True] + 6 * [False]
     page.evaluate("""() => {
         window.bars = new Set();
