@@ -1,6 +1,7 @@
 """test.py, predict.py and chat_ner.py as a user runs them.     python -m pytest tests/test_inference.py"""
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -266,6 +267,32 @@ def test_an_interrupted_predict_goes_on(workspace, adapter, tmp_path):
     assert result.returncode == 2 and out.read_bytes() == whole
 
 
+def test_an_interrupted_test_goes_on(tested, workspace):
+    """Its figures are those of the whole file; rows of other answers are refused."""
+    path = find_last(workspace) / "predictions.jsonl"
+    run_script("test.py", "--data_name=mine", "--max_examples=9", *SHORT, cwd=workspace)
+    path.write_bytes(path.read_bytes()[:-9])
+    run_script("test.py", "--data_name=mine", "--resume", *SHORT, cwd=workspace)
+    assert read_rows(path) == tested[1] and json.loads((path.parent / "metrics.json").read_text()) == tested[2]
+    options = ["--data_name=mine", "--resume", "--precision=fp32", "--max_new_tokens=9"]
+    result = run_script("test.py", *options, cwd=workspace, check=False)
+    assert result.returncode == 2 and "with max_new_tokens 8, this run has max_new_tokens 9" in result.stderr
+    assert len(read_rows(path)) == 31
+
+
+def test_less_sure_entities_are_left_out(workspace, adapter, tmp_path):
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": record["text"]} for record in make_records(9, 8)])
+    options = [f"--lora_model={adapter}", f"--input_path={path}", f"--output_path={tmp_path}/o", *SHORT]
+    run_script("predict.py", *options, cwd=workspace)
+    found = [entity for row in read_rows(tmp_path / "o") for entity in row["entities"]]
+    least = sorted(math.exp(entity["confidence"]) for entity in found)[len(found) // 2]
+    run_script("predict.py", *options, f"--min_confidence={least}", cwd=workspace)
+    kept = [entity for row in read_rows(tmp_path / "o") for entity in row["entities"]]
+    assert kept == [entity for entity in found if math.exp(entity["confidence"]) >= least] and 0 < len(kept) < len(
+        found
+    )
+
+
 def test_nothing_breaks_on_odd_texts(workspace, adapter, tmp_path):
     """20,000 characters, emoji, tabs, full-width digits, characters without a piece, what looks like an answer."""
     odd = [
@@ -403,6 +430,7 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("test.py", ["--data_name=mine", "--batch_size=0"], "--batch_size=0: expected 1 or more"),
         ("test.py", ["--data_name=mine", "--max_examples=0"], "--max_examples=0: expected 1 or more, or -1 for all"),
         ("test.py", ["--data_name=mine", "--constrained=yes"], "--constrained=yes: expected auto, True, False"),
+        ("predict.py", ["--lora_model={adapter}", "--min_confidence=2"], "--min_confidence=2.0: expected 0 to 1"),
         ("predict.py", ["--lora_model={adapter}", "--resume"], "--resume needs --output_path"),
         (
             "predict.py",
