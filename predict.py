@@ -98,29 +98,31 @@ def check(args):
         raise UserError(f"--min_confidence={args.min_confidence}: expected 0 to 1")
 
 
-def look_through(args, facts):
-    """How many texts there are. All are read once before anything is computed, so that a bad line is found now."""
+def look_through(args):
+    """(how many texts there are, whether one has no instruction of its own). All are read once before anything is
+    computed, so that a bad line is found now."""
     total, blank, taken, without_instruct = 0, 0, set(), False
     for record in texts_asked_for(args):
         total += 1
         without_instruct = without_instruct or not record.get("instruct")
         blank += not example_of_input(record, "", "")["asks"]
         taken.update(key for key in ROW_KEYS[2:] if record.get(key) is not None)
-    if len(facts.get("instructs", [])) > 1 and without_instruct:
-        say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{facts['instructs'][0][:40]}")
     if blank:
         say(f"{blank} 行是空的，不提问，结果里各占一行")
     if taken:
         say(f"输入的 {'、'.join(sorted(taken))} 与结果的键同名，不写进结果")
-    return total
+    return total, without_instruct
 
 
 def main(args):
     check(args)
+    total, without_instruct = look_through(args)
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)
     facts = with_task(adapter, facts, args.instruct, args.labels)
     labels, instruct, query_prefix = task_of(facts)
-    processes, total = Processes(), look_through(args, facts)
+    if len(facts.get("instructs", [])) > 1 and without_instruct:
+        say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
+    processes = Processes()
 
     def examples():
         return (example_of_input(record, instruct, query_prefix) for record in texts_asked_for(args))
