@@ -20,7 +20,6 @@ import math
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from alpaca.answering.in_order import in_order
@@ -29,13 +28,12 @@ from alpaca.answering.row_file import made_with, row_file
 from alpaca.answering.texts import Answering
 from alpaca.answering.windows import cutter
 from alpaca.common.console import progress_or_lines, say
-from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import SURROGATE
 from alpaca.corpora.inputs import read_texts
 from alpaca.models.adapters import find_adapter
-from alpaca.models.base import base_folder, check_generation, load_for_inference
+from alpaca.models.base import check_generation, load_for_inference
 from alpaca.models.facts import with_task
 from config_utils import run_script
 from dataset import ROW_KEYS, example_of_input, task_of
@@ -58,13 +56,6 @@ CONFIG = {
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
     "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
 }
-DECIDES = (
-    "max_new_tokens",
-    "constrained",
-    "min_confidence",
-    "tokenizer_path",
-    "base_weights",
-)  # what an answer depends on, too
 SAMPLES = [
     {"text": "中美两国的专家上周在杭州参观了临江大学，校长许文舟主持了座谈。",
      "answer": "中_地名\n美_地名\n杭州_地名\n临江大学_机构名\n许文舟_人名"},
@@ -129,11 +120,9 @@ def main(args):
 
     output = nullcontext()
     if args.output_path and not processes.rank:
-        options = {"instruct": instruct, "labels": labels, "query_prefix": query_prefix}
-        options |= {name: getattr(args, name) for name in DECIDES}
-        options["precision"] = pick_precision(args.precision, "cuda" if torch.cuda.is_available() else "cpu")
-        base = base_folder(adapter, train_args, args.base_model)
-        output = row_file(args.output_path, made_with(adapter, base, args.input_path, options), total, args.resume)
+        task = {"instruct": instruct, "labels": labels, "query_prefix": query_prefix}
+        made = made_with(args, adapter, train_args, args.input_path, **task, min_confidence=args.min_confidence)
+        output = row_file(args.output_path, made, total, args.resume)
     cut_off = 0
     with output as file:
         first = file.first if file else 0

@@ -23,20 +23,17 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
-
 from alpaca.answering.in_order import in_order
 from alpaca.answering.predictions import make_grammar
 from alpaca.answering.row_file import made_with, row_file
 from alpaca.answering.texts import Answering
 from alpaca.answering.windows import whole
 from alpaca.common.console import progress_or_lines, say
-from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import read_jsonl
 from alpaca.models.adapters import find_adapter
-from alpaca.models.base import base_folder, check_generation, load_for_inference
+from alpaca.models.base import check_generation, load_for_inference
 from alpaca.scoring.metrics import exact, percents, score, score_table
 from alpaca.scoring.report import write_report
 from config_utils import run_script
@@ -67,7 +64,6 @@ WRITTEN = {  # metric -> files
     "none": ("predictions.jsonl",),
 }
 CALLED = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}  # by process.py
-DECIDES = ("metric", "max_new_tokens", "constrained", "tokenizer_path", "base_weights")  # what the rows depend on, too
 SHOWN = 20  # answers printed as a list, before the table
 
 
@@ -101,9 +97,8 @@ def main(args):
 
     processes, output = Processes(), nullcontext()
     if not processes.rank:
-        options = {**columns, "labels": labels, "nested": nested} | {name: getattr(args, name) for name in DECIDES}
-        options["precision"] = pick_precision(args.precision, "cuda" if torch.cuda.is_available() else "cpu")
-        made = made_with(adapter, base_folder(adapter, train_args, args.base_model), dev_path, options)
+        task = {**columns, "labels": labels, "nested": nested, "metric": args.metric}
+        made = made_with(args, adapter, train_args, dev_path, **task)
         remedy = (
             "name a copy of the adapter in another folder with --lora_model" if adapter else "make its folder writable"
         )

@@ -8,20 +8,25 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from alpaca.common.console import end_bars, say
+from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
 from alpaca.models.adapters import open_output
-from alpaca.models.base import check_model_dir
+from alpaca.models.base import base_folder, check_model_dir
 from dataset import PROMPT_SHA256
 
 WEIGHTS = (".safetensors", ".bin")
 PARTS, PART_BYTES = 16, 2**16  # of a base's file, so much is read: enough to tell two models apart
+DECIDES = ("max_new_tokens", "constrained", "tokenizer_path", "base_weights")  # options that the rows depend on
 KNOWN_BY_CONTENT = ("adapter", "base", "input")  # these may stand elsewhere when a run goes on
 
 
-def made_with(adapter, base, input_path, options):
-    """What decides the rows, as <output>.run.json holds it. options: {name: value}, of those that do."""
+def made_with(args, adapter, train_args, input_path, **more):
+    """What decides the rows, as <output>.run.json holds it. args: of test.py or predict.py; more: what else does."""
+    base = base_folder(adapter, train_args, args.base_model)
     check_model_dir(base)
     return {
         "adapter": adapter and str(adapter),
@@ -33,7 +38,9 @@ def made_with(adapter, base, input_path, options):
         "template": PROMPT_SHA256,
         "input": input_path and str(input_path),
         "input_sha256": input_path and _sha256([Path(input_path)]),
-        **options,
+        **{name: getattr(args, name) for name in DECIDES},
+        "precision": pick_precision(args.precision, "cuda" if torch.cuda.is_available() else "cpu"),
+        **more,
     }
 
 

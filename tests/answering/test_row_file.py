@@ -2,8 +2,10 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
 
 from alpaca.answering.row_file import made_with, row_file
 from alpaca.common.errors import UserError
@@ -14,13 +16,15 @@ def facts(tmp_path):
     for name in ("adapter", "base"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * 3_000_000)
-    (tmp_path / "base" / "config.json").write_text("{}")
+    LlamaConfig().save_pretrained(tmp_path / "base")
     (tmp_path / "in.txt").write_text("一\n二\n三\n", encoding="utf-8")
     return facts_of(tmp_path)
 
 
-def facts_of(folder):
-    return made_with(folder / "adapter", folder / "base", folder / "in.txt", {"max_new_tokens": 8, "labels": ["人名"]})
+def facts_of(folder, base="base"):
+    args = {"max_new_tokens": 8, "constrained": "auto", "tokenizer_path": None, "base_weights": "auto"}
+    args = SimpleNamespace(**args, precision="fp32", base_model=folder / base)
+    return made_with(args, folder / "adapter", None, folder / "in.txt", labels=["人名"])
 
 
 def write(path, facts, rows, resume=False, total=3):
@@ -67,9 +71,7 @@ def test_the_same_files_elsewhere_are_the_same(tmp_path, facts):
     path = tmp_path / "rows.jsonl"
     write(path, facts, [{"n": 1}])
     (tmp_path / "base").rename(tmp_path / "moved")
-    now = made_with(
-        tmp_path / "adapter", tmp_path / "moved", tmp_path / "in.txt", {"max_new_tokens": 8, "labels": ["人名"]}
-    )
+    now = facts_of(tmp_path, "moved")
     assert write(path, now, [], resume=True) == 1
     (tmp_path / "rows.jsonl.run.json").unlink()
     with pytest.raises(UserError, match="rows.jsonl.run.json beside it, .* is missing"):
