@@ -69,6 +69,12 @@ def read_identity(checkpoint):
     return written
 
 
+def own_precision(args, written):
+    """--precision; where neither it nor the DeepSpeed file asks for one, that of the run that is resumed."""
+    asked = {args.precision, *(args.deepspeed.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16"))}
+    return written.get("precision", "auto") if asked == {"auto"} else args.precision
+
+
 def check_resumed(checkpoint, step, written, identity):
     """UserError, naming both values, where `identity` is not that of the run that wrote the checkpoint after `step` steps."""
     warming = step < min(facts.get("warmup_ratio", 0) * identity.get("total_steps", 0) for facts in (written, identity))

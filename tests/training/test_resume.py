@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import train_deepspeed
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.batches import TrainLoader
-from alpaca.training.identity import identity_of
+from alpaca.training.identity import identity_of, own_precision
 from alpaca.training.steps import make_scheduler, use_settings
 from config_utils import load_config, parse_config
 from dataset import encode_examples, read_examples
@@ -104,6 +104,17 @@ def test_what_decides_the_weights_is_a_fact_of_the_run(identity, option):
 )
 def test_what_may_change_is_none(identity, more):
     assert identity(*more) == identity()
+
+
+def test_auto_is_the_precision_of_the_run_that_is_resumed(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+    def precision(written, *options):
+        return own_precision(parse_config(train_deepspeed.CONFIG, train_deepspeed.__file__, options), written)
+
+    assert precision({"precision": "bf16"}) == "bf16" and precision({}) == "auto"
+    assert precision({"precision": "bf16"}, "--precision=fp32") == "fp32"  # which check_resumed refuses
+    assert precision({"precision": "bf16"}, "--deepspeed_fp16_enabled=True") == "auto"  # the option decides
 
 
 def differing(ours, theirs):
