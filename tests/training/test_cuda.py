@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from alpaca.answering.memory import free_memory
 from alpaca.models.base import load_base
 from alpaca.training.batches import TrainLoader
 from alpaca.training.cuda_graphs import compile_layers
@@ -65,6 +66,17 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
         loss = sum(answer_loss(model, **batch) for batch in batches)
     assert torch.isfinite(loss)
     assert (gradient(model, batches[:1]) - expected[0]).norm() < 1e-5 * expected[0].norm()
+
+
+def test_memory_of_a_captured_graph_is_not_free():
+    """A training step's activations stand in it between two steps; an evaluation must not plan with them."""
+    device, graph, size = torch.device("cuda"), torch.cuda.CUDAGraph(), 2**28
+    torch.cuda.empty_cache()
+    before = free_memory(device)
+    with torch.cuda.graph(graph):
+        kept = torch.zeros(size, dtype=torch.uint8, device=device)
+        del kept
+    assert before - free_memory(device) >= size
 
 
 @pytest.mark.parametrize("graphs", [True, False])
