@@ -2,16 +2,22 @@
 
 import fcntl
 import os
+import socket
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
 
+HELD = set()  # descriptors of the locks that this process holds
+# A fork would go on to hold the locks of a process that was killed. Programs that are started do not get the descriptors.
+os.register_at_fork(after_in_child=lambda: [os.close(HELD.pop()) for _ in range(len(HELD))])
+
 
 @contextmanager
 def locked(path):
-    """Hold `<path>.lock` meanwhile; UserError where another process holds it.
+    """Hold `<path>.lock` meanwhile, with host, process and time in it; UserError where another process holds it.
 
     The lock is the system's (flock): that of a killed process is free, though its file stays. Where the disk has no
     locks, as some network drives, a line says so and nothing is held.
@@ -24,11 +30,14 @@ def locked(path):
         raise UserError(
             f"{lock}: cannot be made ({error.strerror}); make its folder writable, or name another"
         ) from None
+    HELD.add(file)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before it is let go: whoever waited for this file sees that it is gone
-        os.close(file)
+        if file in HELD:  # not in a fork, which holds nothing
+            lock.unlink(missing_ok=True)  # before it is let go: whoever waited for this file sees that it is gone
+            HELD.remove(file)
+            os.close(file)
 
 
 def _hold(lock, path):
@@ -38,11 +47,17 @@ def _hold(lock, path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            holder = os.read(file, 1000).decode("utf-8", "replace").strip()
             os.close(file)
-            raise UserError(f"{path}: another process is writing there; wait for it, or name another folder") from None
+            raise UserError(
+                f"{path}: another process is writing there{holder and f' ({holder})'}; wait for it, or name another folder"
+            ) from None
         except OSError as error:
             say(f"{lock}: 这个磁盘没有文件锁（{error.strerror}），请不要让两个进程同时写 {path}")
             return file
         if lock.exists() and os.path.samestat(os.fstat(file), lock.stat()):
+            os.ftruncate(file, 0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.write(file, f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
             return file
         os.close(file)
