@@ -109,20 +109,26 @@ def train(run, model):
                 continue
 
             step += 1
-            signal = run.step_ended(step, loss_sum, lr, engine.optimizer)
+            run.step_ended(step, loss_sum, lr, engine.optimizer)
             loss_sum = 0.0
             if step % run.args.log_steps == 0 or step == run.total_steps:
                 run.log_loss(step, lr)
-            if signal or run.save_due(step):
-                run.save_newest(step)
-                with run.checkpoint(step):
-                    engine.save_checkpoint(str(run.save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
-            if run.must_end(step, signal):
-                end_by_signal(signal, step)
-            if run.evaluation_due(step):  # after the save: it may fail, and it may take longer than a signal waits
+            if run.save_due(step):
+                save(run, engine, step)
+            if run.evaluation_due(step) and not run.signal:  # after the save: it may fail
                 run.evaluate(step)
+            if run.must_end(step):
+                if run.save_due(step):  # the signal came while it was evaluated
+                    save(run, engine, step)
+                end_by_signal(run.signal, step)
             if step == run.total_steps:
                 break
+
+
+def save(run, engine, step):
+    run.save_newest(step)
+    with run.checkpoint(step):
+        engine.save_checkpoint(str(run.save_dir), tag=f"checkpoint-{step}", exclude_frozen_parameters=True)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,11 @@ class AdapterTrainer(Trainer):
             self._save_checkpoint(self.model, None)
             self.control.should_save = False
         metrics = self.run.evaluate(self.state.global_step)
+        if self.run.must_end(self.state.global_step):  # a signal came meanwhile
+            self.control.should_save, self.control.should_training_stop = (
+                self.run.save_due(self.state.global_step),
+                True,
+            )
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -134,7 +139,7 @@ class LogCallback(TrainerCallback):
 
     def __init__(self, run, losses):
         self.run, self.losses = run, losses
-        self.lr, self.signal = 0.0, 0
+        self.lr = 0.0
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if self.run.resume_from:  # which is loaded now; the wrappers are accelerate's
@@ -148,10 +153,10 @@ class LogCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, optimizer=None, **kwargs):
         run, step = self.run, state.global_step
-        self.signal = run.step_ended(step, sum(self.losses), self.lr, optimizer.optimizer)
-        control.should_save = bool(self.signal) or run.save_due(step)
+        run.step_ended(step, sum(self.losses), self.lr, optimizer.optimizer)
+        control.should_save = run.save_due(step)
         control.should_evaluate = run.evaluation_due(step)
-        if run.must_end(step, self.signal):
+        if run.must_end(step):
             control.should_evaluate, control.should_training_stop = False, True
         if step == state.max_steps:
             control.should_log = True
@@ -199,7 +204,6 @@ def main(args):
     model = run.load_model()
     first_step, losses = step_of(run.resume_from) if run.resume_from else 0, []
     run.loader.seek(first_step)
-    log_callback = LogCallback(run, losses)
     trainer = AdapterTrainer(
         run,
         losses,
@@ -207,13 +211,13 @@ def main(args):
         args=training_args,
         train_dataset=run.train_set,
         eval_dataset=run.dev_set,
-        callbacks=[log_callback],
+        callbacks=[LogCallback(run, losses)],
     )
     trainer.remove_callback(PrinterCallback)
     with run.memory_errors():
         trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    if run.must_end(trainer.state.global_step, log_callback.signal):
-        end_by_signal(log_callback.signal, trainer.state.global_step)
+    if run.must_end(trainer.state.global_step):
+        end_by_signal(run.signal, trainer.state.global_step)
     run.end()
     dist.destroy_process_group()
 

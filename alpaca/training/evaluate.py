@@ -1,5 +1,7 @@
 """F1 of a model's own answers while it is being trained."""
 
+from itertools import takewhile
+
 import torch.distributed as dist
 
 from alpaca.answering.grammar import AnswerGrammar
@@ -8,18 +10,24 @@ from alpaca.scoring.metrics import score
 from alpaca.training.lora import for_answers
 
 
-def evaluate_f1(model, tokenizer, examples, labels):
+def evaluate_f1(model, tokenizer, examples, labels, stop=lambda: False):
     """Micro-F1 by string of a PEFT model that is being trained: what test.py will say of its adapter on these examples.
 
-    Every rank answers its part. The LoRA is not merged, so that no weight is copied. In half precision that, and the
-    parts of several ranks, round differently than test.py's answers.
+    None where `stop`, asked at each answer, ended it on a rank. Every rank answers its part. The LoRA is not merged, so
+    that no weight is copied. In half precision that, and the parts of several ranks, round differently than test.py's
+    answers.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     with for_answers(model):
         mine = examples[rank::ranks]
-        rows = list(predict_rows(model, tokenizer, mine, labels, grammar=AnswerGrammar(tokenizer, labels)))
+        answers = predict_rows(model, tokenizer, mine, labels, grammar=AnswerGrammar(tokenizer, labels))
+        rows = list(takewhile(lambda row: not stop(), answers))
+        answers.close()
+        rows = rows if len(rows) == len(mine) else None
     parts = [rows]
     if ranks > 1:
         parts = [None] * ranks
         dist.all_gather_object(parts, rows)
+    if None in parts:
+        return None
     return score([row for part in parts for row in part], labels)["string"]["micro"]["f1"]

@@ -45,14 +45,19 @@ def model_inputs(row, device, compiled=None, dtype=torch.float32):
 
 
 @torch.no_grad()
-def evaluate_loss(model, batches, device, count=None):
-    """Mean cross-entropy per answer token over all batches (lists of rows) of all ranks; `count`: of batches, for a bar."""
-    training, total = model.training, torch.zeros(2, dtype=torch.float64, device=device)
+def evaluate_loss(model, batches, device, count=None, stop=lambda: False):
+    """Mean cross-entropy per answer token over all batches (lists of rows) of all ranks, or None where `stop` ended it.
+
+    count: of batches, for a bar. stop: asked before each batch; the same on all ranks, which ZeRO-3 lets compute together.
+    """
+    training, stopped, total = model.training, False, torch.zeros(2, dtype=torch.float64, device=device)
     model.eval()
     for rows in progress(batches, total=count, desc="验证", unit="批"):
+        if stopped := stop():
+            break
         total[0] += answer_loss(model, rows, 1).double()
         total[1] += sum((row.get("shift_labels", row.get("labels")) >= 0).sum().item() for row in rows)
     model.train(training)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
-    return (total[0] / total[1]).item()
+    return None if stopped else (total[0] / total[1]).item()

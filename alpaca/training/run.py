@@ -30,12 +30,19 @@ from alpaca.training.checkpoints import (
     step_of,
 )
 from alpaca.training.evaluate import evaluate_f1
-from alpaca.training.identity import check_resumed, identity_of, read_identity
+from alpaca.training.identity import check_resumed, identity_of, own_precision, read_identity
 from alpaca.training.lora import add_lora, check_options, compile_for_training
 from alpaca.training.loss import evaluate_loss
 from alpaca.training.prefix_tree import make_collate
 from alpaca.training.run_log import TrainLog, evaluated_steps
-from alpaca.training.steps import catch_signals, make_scheduler, shared_state, with_learning_rate
+from alpaca.training.steps import (
+    catch_signals,
+    end_by_signal,
+    make_scheduler,
+    shared_state,
+    signalled,
+    with_learning_rate,
+)
 
 SKIPS = 5  # steps in a row whose gradient is no number: the run ends
 SCALE_SEARCH = 16  # as many in fp16 until the first update: its loss scale begins at 2**16 and is halved until it fits
@@ -72,9 +79,8 @@ class Run:
         self.device, self.rank, self.world_size = init_distributed()
         self.held = ExitStack()  # until the process ends, however it ends
         from_main(lambda: self.held.enter_context(locked(self.save_dir)))
-        asked = {args.precision, *(args.deepspeed.get(key, {}).get("enabled", "auto") for key in ("bf16", "fp16"))}
-        own = written.get("precision", "auto") if asked == {"auto"} else args.precision  # of a run that is resumed
-        self.precision, self.settings = resolve_precision(own, args.deepspeed, self.device)
+        precision = own_precision(args, written)
+        self.precision, self.settings = resolve_precision(precision, args.deepspeed, self.device)
         check_base_weights(args.base_weights, self.device, self.precision)
         self.settings, self.lr_source = with_learning_rate(
             self.settings, check_model_dir(args.model_dir)["hidden_size"]
@@ -105,7 +111,9 @@ class Run:
             f"学习率 {self.settings['optimizer']['params']['lr']:g}（{self.lr_source}）, 可训练参数 {trained:,}, "
             f"共 {self.total_steps} 步, 每个 epoch {self.loader.steps_per_epoch} 步 {tokens:,} token"
         )
-        compile_for_training(self.model, self.loader, self.args, self.tokenizer.pad_token_id, self.device)
+        compile_for_training(
+            self.model, self.loader, self.args, self.tokenizer.pad_token_id, self.device, self.total_steps
+        )
         return self.model
 
     @contextmanager
@@ -132,7 +140,8 @@ class Run:
         from_main(lambda: start_run(self.save_dir, self.resume_from))
         self.saved_step = from_main(lambda: adapter_step(self.save_dir))
         self.best = BestScore(self.save_dir, self.args.best, first_step)
-        self.signals, self.has_checkpoint = catch_signals(), self.resume_from is not None
+        self.signals, self.signal = catch_signals(), 0  # signal: the number of the one that ends the run
+        self.checkpoint_step = first_step if self.resume_from else None
         self.skips, self.skips_logged, self.updated = 0, 0, False
         # The losses since the last log: their sum and number, in float64. A checkpoint holds them, so that the next mean is
         # that of the run that nothing happened to.
@@ -144,16 +153,18 @@ class Run:
                 self.save_adapter(first_step)
             if self.evaluation_due(first_step) and first_step not in from_main(lambda: evaluated_steps(self.log.path)):
                 self.evaluate(first_step)
+                if self.signal:
+                    end_by_signal(self.signal, first_step)
 
     def step_ended(self, step, loss, lr, optimizer):
-        """Called after each optimizer step; the number of a signal that any rank got, or 0.
+        """Called after each optimizer step. Sets self.signal where any rank got one.
 
         step: 1-based. loss: this rank's share, a scalar tensor. lr: of this step. optimizer: DeepSpeed's. UserError, on all
         ranks, if a loss is NaN or infinite, or if the gradients of several steps in a row are.
         """
         self.log.step()
         self.interval += torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)])
-        diverged, skipped, number = shared_state(loss, getattr(optimizer, "overflow", False), self.signals)
+        diverged, skipped, self.signal = shared_state(loss, getattr(optimizer, "overflow", False), self.signals)
         self.skips = self.skips + 1 if skipped else 0
         self.updated |= not skipped
         self.skips_logged += skipped
@@ -169,7 +180,6 @@ class Run:
                 "intact. Lower --deepspeed_optimizer_params_lr, use --precision=bf16 or fp32, look at those lines; --resume "
                 "goes on from the last checkpoint"
             )
-        return number
 
     def log_loss(self, step, lr):
         """Log the mean loss of the steps since the last log, over all ranks."""
@@ -190,27 +200,41 @@ class Run:
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def save_due(self, step):
-        """Also before the first evaluation: if it fails, what was trained is there."""
-        every, first = self.args.save_steps, self.evaluation_due(step) and not self.has_checkpoint
-        return first or step == self.total_steps or every > 0 and step % every == 0
+        """At a signal too, and before the first evaluation: if it fails, what was trained is there."""
+        if self.checkpoint_step == step:
+            return False
+        every, first = self.args.save_steps, self.evaluation_due(step) and self.checkpoint_step is None
+        return bool(self.signal) or first or step == self.total_steps or every > 0 and step % every == 0
 
-    def must_end(self, step, number):
+    def must_end(self, step):
         """Whether a signal ends the run after `step` steps, which are saved: not if nothing is left to do."""
-        return number and (step < self.total_steps or self.evaluation_due(step))
+        return self.signal and (step < self.total_steps or self.evaluation_due(step))
 
     def evaluate(self, step):
-        """Log the dev loss, and F1 with --eval_examples, after `step` steps; save the adapter if --best says so."""
+        """Log the dev loss, and F1 with --eval_examples, after `step` steps; save the adapter if --best says so.
+
+        A signal ends it, sets self.signal, and nothing is logged: --resume makes up for it.
+        """
         batch_size = self.args.train_batch_size
         batches = eval_batches(self.dev_set, batch_size, self.collate, self.rank, self.world_size)
         count = -(-len(self.dev_set) // (batch_size * self.world_size))
-        scores = {"eval_loss": evaluate_loss(self.model, batches, self.device, count)}
-        if self.args.eval_examples > 0:
+        scores = {"eval_loss": evaluate_loss(self.model, batches, self.device, count, self._asked_to_end)}
+        if not self.signal and self.args.eval_examples > 0:
             examples = self.dev_records[: self.args.eval_examples]
-            scores["eval_f1"] = evaluate_f1(self.model, self.tokenizer, examples, self.facts["labels"])
+            scores["eval_f1"] = evaluate_f1(
+                self.model, self.tokenizer, examples, self.facts["labels"], lambda: bool(self.signals)
+            )
+        if None in scores.values():
+            self._asked_to_end()
+            return {}
         if self.best.improves(scores):
             self.save_adapter(step, **scores)
         self.log.write(step, **scores)  # last: what is logged is not done again by a run that is resumed
         return scores
+
+    def _asked_to_end(self):
+        self.signal = signalled(self.signals, self.device)
+        return self.signal
 
     def save_adapter(self, step, **scores):
         """Write <save_dir>/adapter_model/ as it is after `step` steps, with the scores it was chosen for, if any."""
@@ -231,7 +255,7 @@ class Run:
         with checkpoint(folder, self.args.save_total_limit, facts):
             yield
             save_adapter(self.model, folder, self.args, self.settings, self.facts, step)
-        self.has_checkpoint = True
+        self.checkpoint_step = step
 
     def end(self):
         self.log.draw()  # once more, with the last evaluation

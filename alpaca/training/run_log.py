@@ -3,12 +3,15 @@
 import json
 import logging
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from alpaca.common.console import is_main, progress, quiet_if_gone, say
 from alpaca.training.checkpoints import saving
+
+TIMED_STEPS = 10  # after as many the time of the rest is said
 
 
 class TrainLog:
@@ -20,6 +23,7 @@ class TrainLog:
         if is_main():
             repair_log(self.path)
         self.since_step, self.since = first_step, time.time()
+        self.first_step, self.steps, self.first_ended = first_step, 0, None  # steps: of this process
         self.draws, self.board = is_main(), None
         if tensorboard and is_main():
             from torch.utils.tensorboard import SummaryWriter  # check_options has looked for it
@@ -31,6 +35,16 @@ class TrainLog:
         """One optimizer step has ended."""
         with quiet_if_gone():
             self.bar.update()
+        self.steps += 1
+        if self.steps == 1:
+            self.first_ended = time.time()
+            say_peak("第 1 步后")
+        left = self.total - self.first_step - self.steps
+        if self.steps == TIMED_STEPS and left:
+            seconds = (time.time() - self.first_ended) / (TIMED_STEPS - 1)
+            say(
+                f"每步 {seconds:.2f} 秒，余下 {left} 步约需 {timedelta(seconds=round(seconds * left))}（不算保存和评估）"
+            )
 
     def write(self, step, **figures):
         """Log the figures after `step` steps: loss and lr, which get the speed since the last log, or eval_loss, …."""
@@ -72,9 +86,16 @@ class TrainLog:
             say(f"画不了 {path}，训练照常进行: {error}")
 
     def close(self):
+        say_peak("训练结束，")
         self.bar.close()
         if self.board:
             self.board.close()
+
+
+def say_peak(when):
+    """Say the most GPU memory so far that this process has kept from others: what a card must have."""
+    if torch.cuda.is_available():
+        say(f"{when}显存峰值 {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB")
 
 
 def evaluated_steps(log):

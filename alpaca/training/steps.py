@@ -85,6 +85,14 @@ def shared_state(loss, skipped, signals):
     return state.tolist()
 
 
+def signalled(signals, device):
+    """The number of a signal that any rank has got, or 0. All ranks ask at once."""
+    number = torch.tensor([signals[0] if signals else 0], dtype=torch.int32, device=device)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return number.item()
+
+
 def end_by_signal(number, step):
     """Leave with the exit code of a process that the signal ended, after everything is saved."""
     say(f"收到 {signal.Signals(number).name}，已在第 {step} 步保存；加 --resume 继续")

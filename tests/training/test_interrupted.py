@@ -32,6 +32,20 @@ def evaluate_loss(*args):
     raise RuntimeError("what the evaluation died of")
 run.evaluate_loss = evaluate_loss
 """
+# A signal in the second evaluation: before a batch of the dev loss, or at an answer of F1.
+SIGNALLED_EVALUATION = """
+import signal
+import alpaca.training.evaluate as evaluate
+module, name = {"loss": (run, "eval_batches"), "f1": (evaluate, "predict_rows")}["%s"]
+whole, calls = getattr(module, name), []
+def signalled(*args, **kwargs):
+    calls.append(0)
+    for i, part in enumerate(whole(*args, **kwargs)):
+        if len(calls) == 2 and i == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield part
+setattr(module, name, signalled)
+"""
 # The gradient of one weight, at some steps, on one rank.
 NAN_GRADIENTS = """
 add_lora, calls = run.add_lora, []
@@ -44,6 +58,14 @@ def with_nan(*args):
     weight.register_hook(spoil)
     return model
 run.add_lora = with_nan
+"""
+NAN_LOSS = """
+import alpaca.training.loss as loss
+answer_loss, calls = loss.answer_loss, []
+def with_nan(*args, **kwargs):
+    calls.append(0)
+    return answer_loss(*args, **kwargs) * (float("nan") if len(calls) == 2 and os.environ["RANK"] == "1" else 1)
+loss.answer_loss = with_nan
 """
 # Two ranks without a launcher: the second is a fork. It says how it ended.
 TWO_RANKS = """
@@ -81,11 +103,11 @@ def error_of(result):
     return error
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_path, trainer):
+@pytest.mark.parametrize("trainer, part", [("train_deepspeed", "loss"), ("train_trainer", "f1")])
+def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_path, trainer, part):
     """Nothing was to be saved yet. The run that is resumed begins with that evaluation, and its next mean is over all steps
-    since the last log, those before the failure included."""
-    more = ["--log_steps=5", "--eval_steps=3", "--save_steps=99"]
+    since the last log, those before the failure included. A signal does not wait for the end of the second evaluation."""
+    more = ["--log_steps=5", "--eval_steps=3", "--save_steps=99", *(["--eval_examples=4"] if part == "f1" else [])]
     for run in ("whole", "cut"):
         before = FAILING_EVALUATION if run == "cut" else ""
         given = [*options(base_dir, instruct_data, tmp_path / run), *more]
@@ -94,6 +116,11 @@ def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_pat
     assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
     facts = json.loads((tmp_path / "cut" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
     assert facts["step"] == 3
+    launcher = patched(SIGNALLED_EVALUATION.replace("%s", part))
+    result = run_script(f"{trainer}.py", *given, "--resume", cwd=tmp_path, launcher=launcher, check=False)
+    assert result.returncode == 128 + signal.SIGTERM and "收到 SIGTERM，已在第 6 步保存" in result.stderr, result.stderr
+    assert [row["step"] for row in read_log(tmp_path / "cut")] == [3, 5]
+    assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3", "checkpoint-6"]
     run_script(f"{trainer}.py", *given, "--resume", cwd=tmp_path)
     assert [row["step"] for row in read_log(tmp_path / "whole")] == [3, 5, 6, 7, 7]
     if not torch.cuda.is_available():
@@ -132,17 +159,35 @@ def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_
 
 
 @needs_two_gpus
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_weights_that_are_no_numbers_are_not_saved(base_dir, instruct_data, tmp_path, trainer):
-    """ZeRO 0 in fp32 leaves no step out; the loss shows it a step later. A save in between ends both ranks."""
-    patch = NAN_GRADIENTS.replace("{steps}", "(2,)").replace("{rank}", "1")
+@pytest.mark.parametrize(
+    "trainer, patch, error",
+    [
+        ("train_deepspeed", NAN_LOSS, "step 2: the loss is NaN or infinite"),
+        ("train_trainer", NAN_GRADIENTS, "step 2: the LoRA holds NaN or infinite weights"),
+    ],
+)
+def test_what_is_no_number_on_one_rank_ends_all(base_dir, instruct_data, tmp_path, trainer, patch, error):
+    """ZeRO 0 in fp32 leaves no step out: such a gradient makes weights that are not saved, and a step later a loss."""
+    patch = patch.replace("{steps}", "(2,)").replace("{rank}", "1")
     more = ["--save_steps=1", "--eval_steps=-1", "--deepspeed_zero_optimization_stage=0"]
     result = run_two_ranks(trainer, patch, [*options(base_dir, instruct_data, tmp_path / "run"), *more], tmp_path)
     assert result.returncode == 2 and "rank 1: 2" in result.stderr and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.count("error: step 2: the LoRA holds NaN or infinite weights") == 2
+    assert result.stderr.count(f"error: {error}") == 2
     assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
     facts = json.loads((tmp_path / "run" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
     assert facts["step"] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a CUDA device")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_fp16_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_path, stage):
+    """The loss scale is searched at first, which may leave steps out too; NaN from step 6 on ends the run after five."""
+    patch = NAN_GRADIENTS.replace("{steps}", "range(6, 99)").replace("{rank}", "0")
+    more = ["--precision=fp16", "--max_steps=30", "--eval_steps=-1", f"--deepspeed_zero_optimization_stage={stage}"]
+    given = [*options(base_dir, instruct_data, tmp_path / "run"), *more]
+    result = run_script("train_deepspeed.py", *given, cwd=tmp_path, launcher=patched(patch), check=False)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-4000:]
+    assert re.search(r"error: step 1[0-9]: the gradients of 5 steps are NaN or infinite", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

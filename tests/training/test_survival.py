@@ -303,6 +303,13 @@ def save(lora_model, base_dir, tmp_path, monkeypatch):
     return run
 
 
+def test_an_adapter_that_no_step_has_changed_is_saved_and_said(save, lora_model, tmp_path, capsys):
+    lora_model.lora.data.zero_()
+    save(1)
+    assert "第 1 步: 还没有一步更新过权重" in capsys.readouterr().err
+    assert (tmp_path / "run" / "adapter_model" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.parametrize("safe", [True, False])
 def test_an_adapter_that_is_read_back_with_one_other_bit_is_not_kept(save, lora_model, tmp_path, monkeypatch, safe):
     save(1, safe)
