@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -30,6 +31,7 @@ MAY_CHANGE = {
 }
 # Of the DeepSpeed file, the optimizer and the stage decide the weights; the rest says how memory and messages are managed.
 DEEPSPEED_DECIDES = ("deepspeed_optimizer_", "deepspeed_zero_optimization_stage")
+READERS = 32  # threads that wait for the disk: what is read lies far apart
 TENSOR_BYTES, PARTS = 64 * 1024, 16  # how much of a tensor is read, in how many parts, from its beginning to its end
 
 
@@ -120,12 +122,17 @@ def _config_sha256(model_dir):
 
 def _tensors_sha256(model_dir):
     """Of each tensor's name, shape, type, and 64 KiB spread over its bytes: enough to tell two models apart."""
-    digest = hashlib.sha256()
-    for name, tensor in mapped_tensors(model_dir):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        data = tensor.contiguous().flatten().view(torch.uint8)
-        size = min(TENSOR_BYTES // PARTS, len(data))
-        for part in range(PARTS):
-            start = (len(data) - size) * part // (PARTS - 1)
-            digest.update(data[start : start + size].numpy().tobytes())
-    return digest.hexdigest()
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = list(pool.map(_tensor_sha256, mapped_tensors(model_dir)))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _tensor_sha256(named):
+    name, tensor = named
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    size = min(TENSOR_BYTES // PARTS, len(data))
+    for part in range(PARTS):
+        start = (len(data) - size) * part // (PARTS - 1)
+        digest.update(data[start : start + size].numpy())  # lets other threads run while it waits for the disk
+    return digest.digest()
