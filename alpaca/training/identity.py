@@ -32,7 +32,7 @@ MAY_CHANGE = {
 # Of the DeepSpeed file, the optimizer and the stage decide the weights; the rest says how memory and messages are managed.
 DEEPSPEED_DECIDES = ("deepspeed_optimizer_", "deepspeed_zero_optimization_stage")
 READERS = 32  # threads that wait for the disk: what is read lies far apart
-TENSOR_BYTES, PARTS = 64 * 1024, 16  # how much of a tensor is read, in how many parts, from its beginning to its end
+TENSOR_BYTES, PARTS = 64 * 1024, 4  # how much of a tensor is read, in how many parts, from its beginning to its end
 
 
 def identity_of(args, precision, train_path, loader, total_steps):

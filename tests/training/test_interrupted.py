@@ -116,8 +116,8 @@ def test_an_evaluation_that_fails_loses_nothing(base_dir, instruct_data, tmp_pat
     assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3"]
     facts = json.loads((tmp_path / "cut" / "adapter_model" / "train_args.json").read_text(encoding="utf-8"))
     assert facts["step"] == 3
-    launcher = patched(SIGNALLED_EVALUATION.replace("%s", part))
-    result = run_script(f"{trainer}.py", *given, "--resume", cwd=tmp_path, launcher=launcher, check=False)
+    before = f"{PATCHED}{SIGNALLED_EVALUATION.replace('%s', part)}"
+    result = run_script(f"{trainer}.py", *given, "--resume", cwd=tmp_path, before=before, check=False)
     assert result.returncode == 128 + signal.SIGTERM and "收到 SIGTERM，已在第 6 步保存" in result.stderr, result.stderr
     assert [row["step"] for row in read_log(tmp_path / "cut")] == [3, 5]
     assert [path.name for path in complete_checkpoints(tmp_path / "cut")] == ["checkpoint-3", "checkpoint-6"]
@@ -185,7 +185,7 @@ def test_fp16_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data,
     patch = NAN_GRADIENTS.replace("{steps}", "range(6, 99)").replace("{rank}", "0")
     more = ["--precision=fp16", "--max_steps=30", "--eval_steps=-1", f"--deepspeed_zero_optimization_stage={stage}"]
     given = [*options(base_dir, instruct_data, tmp_path / "run"), *more]
-    result = run_script("train_deepspeed.py", *given, cwd=tmp_path, launcher=patched(patch), check=False)
+    result = run_script("train_deepspeed.py", *given, cwd=tmp_path, before=f"{PATCHED}{patch}", check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-4000:]
     assert re.search(r"error: step 1[0-9]: the gradients of 5 steps are NaN or infinite", result.stderr), result.stderr
 
