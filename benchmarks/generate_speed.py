@@ -55,7 +55,7 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
-from benchmarks.speed_inputs import LABELS, SHAPE_7B, random_7b, read_corpus
+from benchmarks.speed_inputs import LABELS, SHAPES, random_7b, read_corpus
 from config_utils import run_script
 from dataset import EOS, encode_examples, read_examples
 
@@ -192,7 +192,7 @@ def with_vllm(python, vocabulary, examples, batch):
     lengths = [[example.prompt_ids, len(example.answer_ids)] for example in examples]
     (work / "vllm_prompts.json").write_text(json.dumps(lengths), encoding="utf-8")
     (work / "vllm_model").mkdir(exist_ok=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, **SHAPE_7B}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, **SHAPES["7b"]}
     config |= {"num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
     config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
     (work / "vllm_model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
