@@ -67,14 +67,15 @@ def progress_or_lines(iterable, total, desc, unit):
     if sys.stderr.isatty():
         yield from progress(iterable, total=total, desc=desc, unit=unit)
         return
-    begin, next_line = time.monotonic(), FIRST_LINE_SECONDS
-    for done, item in enumerate(iterable, 1):
+    begin, next_line = None, FIRST_LINE_SECONDS
+    for done, item in enumerate(iterable):
+        begin = begin or time.monotonic()  # the first took longer than its share
         yield item
         passed = time.monotonic() - begin
-        if passed > next_line:
+        if done and passed > next_line:
             next_line = passed + LINE_SECONDS
-            left = timedelta(seconds=round((total - done) * passed / done))
-            say(f"{desc} {done}/{total} {unit}，每秒 {done / passed:.1f} {unit}，还要 {left}")
+            left = timedelta(seconds=round((total - done - 1) * passed / done))
+            say(f"{desc} {done + 1}/{total} {unit}，每秒 {done / passed:.1f} {unit}，还要 {left}")
 
 
 def end_bars():
