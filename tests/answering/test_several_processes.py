@@ -7,6 +7,7 @@ import pytest
 
 from harness import ROOT, free_port, make_records, run_ranks, run_script, write_jsonl
 
+pytestmark = pytest.mark.slow
 CPU = {"CUDA_VISIBLE_DEVICES": ""}  # there the rows are equal to the last digit
 TEXTS = 60
 
