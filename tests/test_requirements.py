@@ -8,14 +8,14 @@ from pathlib import Path
 
 from harness import ROOT
 
-OPTIONAL = {"trl", "datasets", "liger_kernel"}  # what benchmarks compare with; each says which version
+OPTIONAL = {"trl", "datasets", "liger_kernel", "vllm"}  # what benchmarks compare with; each says which version
 LISTING = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True)
 NAMES = [name for name in LISTING.splitlines() if (ROOT / name).is_file()]
 
 
 def pins(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    return dict(line.split("==") for line in lines if line and not line.startswith(("#", "-r ")))
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
 RUN = pins("requirements.txt") | pins("requirements-nf4.txt")
@@ -38,7 +38,7 @@ def test_what_is_imported_is_pinned():
     for script in scripts:
         known = {*RUN, *sys.stdlib_module_names} | ours
         if script.parts[0] in ("tests", "benchmarks"):
-            known |= TOOLS.keys() | OPTIONAL
+            known |= {name.removeprefix("pytest-") for name in TOOLS} | OPTIONAL
         missing |= {(str(script), name) for name in imported(ROOT / script) if name not in known}
     assert len(scripts) > 40 and missing == set()
 

@@ -39,7 +39,7 @@ def pick_base_weights(asked, train_args, device, precision):
 
 
 def _problem(base_weights, device, precision):
-    if base_weights == "nf4" and find_spec("bitsandbytes") is None:
+    if base_weights == "nf4" and device.type == "cuda" and find_spec("bitsandbytes") is None:
         return "needs bitsandbytes; pip install -r requirements-nf4.txt"
     if base_weights == "fp8" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9)):
         return "needs a GPU that multiplies in fp8 (compute capability 8.9 or more); take nf4"
@@ -50,8 +50,9 @@ def _problem(base_weights, device, precision):
 
 def empty_model(model_dir, dtype=torch.float32):
     """The model of a folder without its weights."""
+    config = LlamaConfig.from_dict({**read_config(model_dir), "name_or_path": str(model_dir)})
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig.from_dict(read_config(model_dir))).to(dtype)
+        return LlamaForCausalLM(config).to(dtype)
 
 
 def load_quantized(model_dir, base_weights, dtype, device):

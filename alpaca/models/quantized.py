@@ -27,12 +27,21 @@ class QuantizedLinear(nn.Linear):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# nf4: bitsandbytes' format, one scale for 64 weights, two weights a byte
+# nf4: bitsandbytes' format, one scale for 64 weights, two weights a byte. Its code is that of QLoRA (Dettmers et al. 2023,
+# arXiv:2305.14314, appendix E). On a CPU all of it is done here: bitsandbytes 0.50.2 dequantizes wrongly there where a row
+# is no multiple of 64, and where it is installed PEFT imports it in every command, which takes seconds.
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
 
 
 class Nf4Linear(QuantizedLinear):
     def quantize(self, weight):
-        from bitsandbytes.functional import quantize_4bit  # takes a second, and only nf4 needs it
+        if not weight.is_cuda:
+            self.packed, self.scales = to_nf4(weight)
+            return
+        from bitsandbytes.functional import quantize_4bit  # takes seconds, and nothing else needs it
 
         packed, state = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
         self.packed, self.scales = packed, state.absmax
@@ -44,8 +53,21 @@ class Nf4Linear(QuantizedLinear):
         return nf4_product(x, self.packed, self.scales, self.out_features, self.in_features, False)
 
 
+def to_nf4(weight):
+    """(packed uint8 [bytes, 1], float32 scales [blocks]) of a weight, in blocks of 64 counted through all its rows: the
+    scale is the block's largest size, each number becomes the nearest of NF4."""
+    numbers = weight.flatten().float()
+    blocks = nn.functional.pad(numbers, (0, -len(numbers) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(dim=1)
+    code = torch.tensor(NF4)
+    scaled = (blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).flatten()[: len(numbers)]
+    nearest = torch.bucketize(scaled, (code[1:] + code[:-1]) / 2).to(torch.uint8)
+    pairs = nn.functional.pad(nearest, (0, len(nearest) % 2), value=NF4.index(0.0)).view(-1, 2)
+    return (pairs[:, :1] << 4) | pairs[:, 1:], scales
+
+
 def dequantize(packed, scales, rows, columns, dtype):
-    """The weight [rows, columns]. On a CPU by a table: bitsandbytes 0.50.2 is wrong there where a row is no multiple of 64."""
+    """The weight [rows, columns]."""
     if packed.is_cuda:
         return torch.ops.bitsandbytes.dequantize_4bit(packed, scales, BLOCK, "nf4", (rows, columns), dtype)
     count = rows * columns
@@ -56,9 +78,7 @@ def dequantize(packed, scales, rows, columns, dtype):
 @functools.cache
 def _pairs():
     """float32 [256, 2]: the two numbers in each byte, the upper four bits first."""
-    from bitsandbytes.functional import get_4bit_type
-
-    code = get_4bit_type("nf4", device="cpu")
+    code = torch.tensor(NF4)
     return torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
 
 

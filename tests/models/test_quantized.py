@@ -12,7 +12,7 @@ from alpaca.common.errors import UserError
 from alpaca.models import quantized
 from alpaca.models.base import load_base
 from alpaca.models.base_weights import check_base_weights, pick_base_weights
-from alpaca.models.quantized import BLOCK, Fp8Linear, Nf4Linear, QuantizedLinear
+from alpaca.models.quantized import BLOCK, NF4, Fp8Linear, Nf4Linear, QuantizedLinear, to_nf4
 from alpaca.training import tree_attention  # noqa: F401  registers add_lora's attention
 from alpaca.training.lora import add_lora, for_answers
 from harness import lora_settings
@@ -32,9 +32,7 @@ def products(layer, weight, x, gradient):
 
 def by_hand(packed, scales, rows, columns):
     """nf4's definition: the upper four bits first, one scale for 64 numbers counted through all rows."""
-    from bitsandbytes.functional import get_4bit_type
-
-    code, numbers = get_4bit_type("nf4", device="cpu").tolist(), []
+    code, numbers = torch.tensor(NF4).tolist(), []
     for byte in packed.flatten().tolist():
         numbers += [code[byte >> 4], code[byte & 15]]
     scaled = [number * scales[i // BLOCK].item() for i, number in enumerate(numbers[: rows * columns])]
@@ -45,7 +43,6 @@ def by_hand(packed, scales, rows, columns):
     "rows, columns", [(8, 128), (5, 688), (3, 43)]
 )  # whole blocks; rows, and all, that end within one
 def test_nf4_is_what_its_format_says(rows, columns):
-    pytest.importorskip("bitsandbytes")
     torch.manual_seed(rows)
     weight = torch.randn(rows, columns)
     weight[1] = 0
@@ -57,13 +54,23 @@ def test_nf4_is_what_its_format_says(rows, columns):
     assert layer.packed.nbytes + layer.scales.nbytes < 0.6 * rows * columns
 
 
+def test_nf4_is_bitsandbytes_own():
+    """Numbers half-way between two of the code are left out: bitsandbytes decides with rounded bounds there."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(1)
+    weight = torch.randn(40, 128)
+    packed, state = functional.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+    ours, scales = to_nf4(weight)
+    assert torch.equal(ours, packed) and torch.equal(scales, state.absmax)
+    assert torch.equal(functional.get_4bit_type("nf4", device="cpu"), torch.tensor(NF4))
+
+
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not CUDA, reason="needs CUDA"))]
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nf4_multiplies_both_ways(device, compiled):
     """Against the dequantized weight in float32; a row of zeros, as padding is, stays one."""
-    pytest.importorskip("bitsandbytes")
     if compiled and device == "cpu":
         pytest.skip("compiling for a CPU needs a compiler and half a minute")
     torch.manual_seed(0)
@@ -101,7 +108,6 @@ def test_fp8_multiplies_both_ways(monkeypatch, copies, compiled):
 
 def test_a_quantized_model_computes_as_the_full_one_with_its_numbers(base_dir):
     """Tied or not; nothing of its layers is among its parameters, its buffers or its state."""
-    pytest.importorskip("bitsandbytes")
     model, full = (load_base(base_dir, torch.float32, "cpu", kind) for kind in ("nf4", "full"))
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     assert len(layers) == 14
@@ -115,7 +121,6 @@ def test_a_quantized_model_computes_as_the_full_one_with_its_numbers(base_dir):
 
 
 def test_a_tied_base_is_quantized(base_dir, tmp_path):
-    pytest.importorskip("bitsandbytes")
     shutil.copytree(base_dir, tmp_path / "tied")
     config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "tied" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}), encoding="utf-8")
@@ -128,7 +133,6 @@ def test_a_tied_base_is_quantized(base_dir, tmp_path):
 
 def test_training_after_an_evaluation_has_every_gradient(base_dir):
     """The LoRA stays apart meanwhile, and nothing of the model is changed by it."""
-    pytest.importorskip("bitsandbytes")
     model = add_lora(load_base(base_dir, torch.float32, "cpu", "nf4"), lora_settings())
     torch.nn.init.normal_(model.lora.data, std=0.05)
     ids = torch.arange(3, 40)[None]
@@ -161,7 +165,7 @@ def test_what_a_device_cannot_hold_is_refused_or_replaced(monkeypatch, capsys):
         pick_base_weights("fp8", None, "cuda", "fp32")
     monkeypatch.setattr("alpaca.models.base_weights.find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs bitsandbytes; pip install -r requirements-nf4.txt"):
-        pick_base_weights("nf4", trained, "cpu", "fp32")
+        pick_base_weights("nf4", trained, "cuda", "fp32")
     with pytest.raises(UserError, match="expected auto, full, nf4, fp8"):
         pick_base_weights("int8", trained, "cpu", "fp32")
     assert pick_base_weights("auto", SimpleNamespace(), "cpu", "fp32") == "full"  # an adapter of an earlier version

@@ -22,7 +22,6 @@ def options(base_dir, instruct_data, run, *more):
 
 def test_both_trainers_learn_the_same_on_nf4_and_go_on_exactly(base_dir, instruct_data, tmp_path):
     """A run that evaluates with answers in between, one that is resumed, and what it leaves for test.py."""
-    pytest.importorskip("bitsandbytes")
     for trainer in ("train_deepspeed", "train_trainer"):
         run = options(base_dir, instruct_data, tmp_path / trainer)
         result = run_script(f"{trainer}.py", *run, cwd=tmp_path)
