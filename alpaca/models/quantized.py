@@ -140,7 +140,8 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, eights, scales, transposed):
-        ctx.save_for_backward(eights, scales, transposed)
+        ctx.save_for_backward(eights if transposed is None else transposed, scales)
+        ctx.transposed = transposed is not None
         x8, x_scales = to_fp8(x.reshape(-1, x.shape[-1]))
         product = torch._scaled_mm(
             x8, eights.t(), x_scales, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True
@@ -149,24 +150,22 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        eights, scales, transposed = ctx.saved_tensors
+        weight, scales = ctx.saved_tensors
         # A scale of the weight belongs to an output, over which this product sums: it goes into the gradient first.
         g8, g_scales = to_fp8(gradient.reshape(-1, gradient.shape[-1]) * scales)
-        product = fp8_backward(g8, g_scales, eights, transposed)
+        product = fp8_backward(g8, g_scales, weight, ctx.transposed)
         return product.view(*gradient.shape[:-1], -1), None, None, None
 
 
 # Opaque, so that no transposed copy is made in the forward and kept.
 @torch.library.custom_op("alpaca::fp8_backward", mutates_args=())
-def fp8_backward(
-    g8: torch.Tensor, g_scales: torch.Tensor, eights: torch.Tensor, transposed: torch.Tensor | None
-) -> torch.Tensor:
-    """g8 [rows, out] @ eights [out, in] in bf16. The cards want the second factor column by column."""
-    transposed = eights.t().contiguous() if transposed is None else transposed
-    ones = torch.ones(1, len(transposed), device=g8.device)
-    return torch._scaled_mm(g8, transposed.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=False)
+def fp8_backward(g8: torch.Tensor, g_scales: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """g8 [rows, out] @ weight [out, in] in bf16; transposed: [in, out]. The cards want the second factor column by column."""
+    weight = weight if transposed else weight.t().contiguous()
+    ones = torch.ones(1, len(weight), device=g8.device)
+    return torch._scaled_mm(g8, weight.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=False)
 
 
 @fp8_backward.register_fake
-def _(g8, g_scales, eights, transposed):
-    return g8.new_empty(len(g8), eights.shape[1], dtype=torch.bfloat16)
+def _(g8, g_scales, weight, transposed):
+    return g8.new_empty(len(g8), weight.shape[0 if transposed else 1], dtype=torch.bfloat16)
