@@ -27,7 +27,8 @@ def limit(settings):
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction(min(1.0, (settings["memory_gb"] - DRIVER_GB) * 1e9 / total))
     if "row_lengths" in settings:
-        cuda_graphs.choose_lengths.__defaults__ = (settings["row_lengths"],)
+        _, spare = cuda_graphs.choose_lengths.__defaults__
+        cuda_graphs.choose_lengths.__defaults__ = (settings["row_lengths"], spare)
     quantized.FP8_COPIES = 2 if settings.get("base_weights") == "fp8x2" else 1
 
 
