@@ -29,7 +29,7 @@ def limit(settings):
     if "row_lengths" in settings:
         _, spare = cuda_graphs.choose_lengths.__defaults__
         cuda_graphs.choose_lengths.__defaults__ = (settings["row_lengths"], spare)
-    quantized.FP8_COPIES = 2 if settings.get("base_weights") == "fp8x2" else 1
+    quantized.FP8_COPIES = 1 if settings.get("base_weights") == "fp8x1" else 2
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import nn
 BLOCK = 64  # weights that share a scale in nf4
 FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
 FP8_MULTIPLE = 16  # the products take no other sizes
-FP8_COPIES = 1  # 2: the weights a second time, transposed, as the gradient's product wants them; benchmarks compare
+FP8_COPIES = 2  # in training; 2: also transposed, as the gradient's product wants it; 1: transposed each time
 
 
 class QuantizedLinear(nn.Linear):
@@ -119,7 +119,10 @@ nf4_product.register_autograd(_nf4_gradient, setup_context=_keep_inputs)
 class Fp8Linear(QuantizedLinear):
     def quantize(self, weight):
         self.eights, scales = to_fp8(weight)
-        self.scales = scales.flatten()
+        self.scales, self.transposed = scales.flatten(), None
+
+    def prepare_gradients(self):
+        """Keep the transposed weight too; answering does without its memory."""
         self.transposed = self.eights.t().contiguous() if FP8_COPIES == 2 else None
 
     def dequantized(self, dtype):

@@ -11,6 +11,7 @@ from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.base import check_model_dir
 from alpaca.models.base_weights import BASE_WEIGHTS
+from alpaca.models.quantized import Fp8Linear
 from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.prefix_tree import PACKINGS
 from alpaca.training.ranges import check_ranges, check_targets
@@ -47,6 +48,9 @@ def check_options(args):
 def add_lora(model, args):
     """The model with fresh LoRA adapters, drawn under args.seed."""
     model.set_attn_implementation("tree")  # tree_attention.py
+    for module in model.modules():
+        if isinstance(module, Fp8Linear):
+            module.prepare_gradients()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(args.seed)

@@ -87,18 +87,21 @@ def test_nf4_multiplies_both_ways(device, compiled):
     )
 
 
-@pytest.mark.skipif(not FP8, reason="needs a GPU with fp8 products")
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_fp8_multiplies_both_ways(monkeypatch, copies, compiled):
     """Against the dequantized weight in float32: what is left is the rounding of inputs and gradients, 4 bits each."""
+    if compiled and not FP8:
+        pytest.skip("needs a GPU with fp8 products; a CPU has them too, but compiling takes half a minute")
     monkeypatch.setattr(quantized, "FP8_COPIES", copies)
     torch.manual_seed(0)
-    weight = torch.randn(96, 688, device="cuda")
+    device = "cuda" if FP8 else "cpu"
+    weight = torch.randn(96, 688, device=device)
     weight[5] = 0
     layer = Fp8Linear(weight, torch.bfloat16)
-    x = torch.randn(2, 70, 688, device="cuda", dtype=torch.bfloat16)
-    gradient = torch.randn(2, 70, 96, device="cuda", dtype=torch.bfloat16)
+    layer.prepare_gradients()
+    x = torch.randn(2, 70, 688, device=device, dtype=torch.bfloat16)
+    gradient = torch.randn(2, 70, 96, device=device, dtype=torch.bfloat16)
     x[0, 3], gradient[1, 2] = 0, 0
     got, expected = products(torch.compile(layer) if compiled else layer, layer.dequantized(torch.float32), x, gradient)
     for ours, theirs in zip(got, expected, strict=True):
@@ -118,6 +121,15 @@ def test_a_quantized_model_computes_as_the_full_one_with_its_numbers(base_dir):
             full.get_submodule(name).weight.copy_(module.dequantized(torch.float32))
         assert (model(ids).logits - full(ids).logits).abs().max() < 1e-5
     assert model.config.name_or_path == str(base_dir) and not model.training
+
+
+def test_only_training_holds_the_transposed_weights(base_dir, monkeypatch):
+    monkeypatch.setattr("alpaca.models.base_weights.FP8_MULTIPLE", 1)  # nothing is multiplied
+    model = load_base(base_dir, torch.bfloat16, "cpu", "fp8")
+    layers = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    assert len(layers) == 14 and all(layer.transposed is None for layer in layers)
+    add_lora(model, lora_settings())
+    assert all(torch.equal(layer.transposed.float(), layer.eights.float().T) for layer in layers)
 
 
 def test_a_tied_base_is_quantized(base_dir, tmp_path):

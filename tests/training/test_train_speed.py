@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alpaca.common.errors import UserError
+from alpaca.training import cuda_graphs
 from config_utils import parse_config
 from harness import ROOT, needs_two_gpus
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import limited
 import train_speed
 
 
@@ -68,3 +70,10 @@ def test_two_processes_are_measured_and_compared(base_dir, tmp_path, monkeypatch
 def test_what_does_not_fit_is_told_from_what_fails(said, error):
     with pytest.raises(error):
         train_speed.check_ran(subprocess.CompletedProcess([], 1, "", said), "prefix")
+
+
+def test_fewer_row_lengths_keep_the_spare_one(monkeypatch):
+    monkeypatch.setattr(cuda_graphs.choose_lengths, "__defaults__", cuda_graphs.choose_lengths.__defaults__)
+    limited.limit({"row_lengths": 2})
+    assert cuda_graphs.choose_lengths([100, 300, 500, 1000]) == [1024, 1152]
+    assert cuda_graphs.choose_lengths([100, 300, 500, 1000], spare=False) == [512, 1024]
