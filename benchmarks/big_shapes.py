@@ -74,7 +74,7 @@ def main(args):
 def measure(shape, vocab_size, batches, args, dtype, device):
     """One line of what loading and the steps took."""
     began = time.perf_counter()
-    model = add_lora(random_quantized(shape, vocab_size, args.base_weights, dtype, device), SETTINGS)
+    model = add_lora(random_quantized(shape, vocab_size, args.base_weights, dtype, device), SETTINGS).to(dtype)
     loaded, losses = time.perf_counter() - began, []
     held = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else 0
     optimizer = torch.optim.Adam([model.lora], lr=1e-4)
