@@ -21,7 +21,7 @@ MARGIN = 8  # places that a new row gets beyond its prompt, so that it need not 
 # To capture a size costs as much time as three steps that are launched operation by operation, and a captured step saves
 # four fifths of one. So it is done where so many steps are still to come for each size; a row is taken for so many.
 CAPTURE_STEPS, ROW_STEPS = 8, 8
-COMPILE_ROWS = 16384  # to compile all sizes takes some 10 s, and saves 0.6 to 0.7 ms a row of a 7B (H100)
+COMPILE_ROWS = 16384  # to compile all sizes takes some 10 s, and saves 0.55 to 0.74 ms a row of a 7B (H100)
 STEP_TOKENS = 4096  # in a step that is not captured: their activations need memory as well
 
 
