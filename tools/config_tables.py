@@ -57,8 +57,7 @@ BEFORE = {
 
 [Front page](../../README_EN.md) · [中文](../zh/options.md)
 
-Each command begins with a dict `CONFIG`. Values can be changed there or on the command line; nested keys are joined by `_`: `"lora": {"r": 8}` is `--lora_r=16`.
-`tools/config_tables.py` makes the tables below from the commands; `--help`, as in `python process.py --help`, prints the same.
+Each command begins with a dict `CONFIG`. Values can be changed there or on the command line; nested keys are joined by `_`: `"lora": {"r": 8}` is `--lora_r=16`. `tools/config_tables.py` makes the tables below from the commands; `--help`, as in `python process.py --help`, prints the same.
 
 | written | meaning |
 |---|---|
