@@ -50,7 +50,7 @@ def test_a_killed_rank_loses_no_row(work):
     ended, log = run_ranks("predict.py", [*options, f"--output_path={output}"], output, runs, folder)
     for run, was in zip(runs[:-1], ended, strict=False):
         assert was["codes"][run["kill"]["rank"]] == -9 and run["kill"]["rows"] <= was["rows"] < TEXTS
-        assert all(was["codes"])
+        assert run["kill"]["rank"] == 0 or was["codes"][0]  # others may have ended before, with nothing left to take
     assert ended[-1]["codes"] == [0, 0] and output.read_bytes() == rows, log[-3000:]
     assert "Traceback" not in log and f"{output} 里有 " in log  # rank 0 was told to end, and said how to go on
 

@@ -408,7 +408,7 @@ BAD = {  # name: (files, what is named as --train_file, parts of the error)
         ["a.conll:2: '上周三，", "export JSON instead"],
     ),
     "a column": ({"a.conll": "-DOCSTART- -X- O\n雪 -X- _ B-PER\n白\n"}, "a.conll", ["a.conll:3: expected"]),
-    "numbers": ({"a.json": "[[1], 2]"}, "a.json", ["a.json:1: wrong nesting"]),
+    "numbers": ({"a.json": "[[1], 2]"}, "a.json", ["a.json:1: a record must be an object"]),
     "no array": ({"a.json": "[笑]一句话"}, "a.json", ["a.json: neither JSON lines nor"]),
     "CMeEE": (
         {"a.json": '[{"text": "雪", "entities": [{"start_idx": 0, "type": "PER"}]}]'},

@@ -96,9 +96,13 @@ def test_missing_tokenizer_names_the_remedy(tmp_path):
         load_tokenizer(tmp_path / "chinese-alpaca-tiny")
     with pytest.raises(UserError, match="merge_llama_with_chinese_lora"):
         load_tokenizer(tmp_path / "chinese-alpaca-7b")
-    (tmp_path / "tokenizer.model").write_bytes(b"<html>404</html>")
-    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
-        load_tokenizer(tmp_path)
+    for content, reason in (
+        (b"<html>404</html>", "is an HTML page"),
+        (b"\xff\x00nothing", "not a SentencePiece model"),
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(UserError, match=f"tokenizer.model: {reason}"):
+            load_tokenizer(tmp_path)
 
 
 def test_example_is_bos_prompt_answer_eos(tokenizer_models, tmp_path):
