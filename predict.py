@@ -23,17 +23,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from alpaca.answering.in_order import in_order
-from alpaca.answering.predictions import make_grammar
 from alpaca.answering.row_file import made_with, row_file
-from alpaca.answering.texts import Answering
-from alpaca.answering.windows import cutter
+from alpaca.answering.texts import load_answering
 from alpaca.common.console import progress_or_lines, say
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import SURROGATE
 from alpaca.corpora.inputs import read_texts
 from alpaca.models.adapters import find_adapter
-from alpaca.models.base import check_generation, load_for_inference
+from alpaca.models.base import check_generation
 from alpaca.models.facts import with_task
 from config_utils import run_script
 from dataset import ROW_KEYS, example_of_input, task_of
@@ -127,14 +125,7 @@ def main(args):
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
-        model, tokenizer = load_for_inference(
-            *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
-            merge=True,
-            base_weights=args.base_weights,
-        )
-        grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
-        cut, nested = cutter(model, tokenizer, train_args, facts), facts.get("nested", False)
-        answer = Answering(model, tokenizer, cut, labels, args.max_new_tokens, args.batch_size, grammar, nested)
+        answer = load_answering(args, adapter, train_args, facts, labels, facts.get("nested", False))
         rows = progress_or_lines(in_order(processes, enumerate(examples()), total, answer), total - first, "回答", "条")
         if file:
             file.begin()

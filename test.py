@@ -24,16 +24,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from alpaca.answering.in_order import in_order
-from alpaca.answering.predictions import make_grammar
 from alpaca.answering.row_file import made_with, row_file
-from alpaca.answering.texts import Answering
-from alpaca.answering.windows import whole
+from alpaca.answering.texts import load_answering
 from alpaca.common.console import progress_or_lines, say
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import read_jsonl
 from alpaca.models.adapters import find_adapter
-from alpaca.models.base import check_generation, load_for_inference
+from alpaca.models.base import check_generation
 from alpaca.scoring.metrics import exact, percents, score, score_table
 from alpaca.scoring.report import write_report
 from config_utils import run_script
@@ -106,13 +104,7 @@ def main(args):
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
-        model, tokenizer = load_for_inference(
-            *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
-            merge=True,
-            base_weights=args.base_weights,
-        )
-        grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
-        answer = Answering(model, tokenizer, uncut, labels, args.max_new_tokens, args.batch_size, grammar, nested)
+        answer = load_answering(args, adapter, train_args, facts, labels, nested, cut_long=False)
         if file:
             for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
                 (out / name).unlink(missing_ok=True)
@@ -122,10 +114,6 @@ def main(args):
             file.write(row)
     if not processes.rank:
         measure(args, out, labels, nested, f"数据 {dev_path}，LoRA {adapter or '无'}")
-
-
-def uncut(examples):
-    return [whole(example) for example in examples]
 
 
 def measure(args, out, labels, nested, subtitle):

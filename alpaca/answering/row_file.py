@@ -16,12 +16,13 @@ from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
 from alpaca.models.adapters import open_output
 from alpaca.models.base import base_folder, check_model_dir
+from alpaca.models.base_files import tensors_sha256
+from alpaca.models.tokenizer import tokenizer_sha256
 from dataset import PROMPT_SHA256
 
 WEIGHTS = (".safetensors", ".bin")
-PARTS, PART_BYTES = 16, 2**16  # of a base's file, so much is read: enough to tell two models apart
-DECIDES = ("max_new_tokens", "constrained", "tokenizer_path", "base_weights")  # options that the rows depend on
-KNOWN_BY_CONTENT = ("adapter", "base", "input")  # these may stand elsewhere when a run goes on
+DECIDES = ("max_new_tokens", "constrained", "base_weights")  # options that the rows depend on
+KNOWN_BY_CONTENT = ("adapter", "base", "tokenizer", "input")  # these may stand elsewhere when a run goes on
 
 
 def made_with(args, adapter, train_args, input_path, **more):
@@ -32,9 +33,9 @@ def made_with(args, adapter, train_args, input_path, **more):
         "adapter": adapter and str(adapter),
         "adapter_sha256": adapter and _sha256(file for file in sorted(adapter.iterdir()) if file.suffix in WEIGHTS),
         "base": str(base),
-        "base_sha256": _sha256(
-            (f for f in sorted(Path(base).iterdir()) if f.suffix in (*WEIGHTS, ".model")), parts=True
-        ),
+        "base_sha256": tensors_sha256(base),
+        "tokenizer": str(args.tokenizer_path or base),
+        "tokenizer_sha256": tokenizer_sha256(args.tokenizer_path or base),
         "template": PROMPT_SHA256,
         "input": input_path and str(input_path),
         "input_sha256": input_path and _sha256([Path(input_path)]),
@@ -44,18 +45,11 @@ def made_with(args, adapter, train_args, input_path, **more):
     }
 
 
-def _sha256(files, parts=False):
+def _sha256(files):
     digest = hashlib.sha256()
     for path in files:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            if not parts or size < PARTS * PART_BYTES:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-                continue
-            digest.update(f"{path.name} {size}\n".encode())
-            for part in range(PARTS):
-                file.seek((size - PART_BYTES) * part // (PARTS - 1))
-                digest.update(file.read(PART_BYTES))
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -7,13 +7,31 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from alpaca.answering.generate import Request, answer_requests, draw
-from alpaca.answering.predictions import row_of
+from alpaca.answering.predictions import make_grammar, row_of
 from alpaca.answering.row import Answer
-from alpaca.answering.windows import row_of_text
+from alpaca.answering.windows import cutter, row_of_text, whole
+from alpaca.models.base import load_for_inference
 from dataset import BOS, build_prompt
 
 KNOWN = 100_000  # equal texts among so many are answered once; an answer takes some 400 bytes
 ENCODED = 64  # texts that are encoded together
+
+
+def load_answering(args, adapter, train_args, facts, labels, nested, cut_long=True):
+    """The Answering that the options of test.py or predict.py, and what find_adapter returned, say. cut_long: whether
+    texts that are too long become windows."""
+    model, tokenizer = load_for_inference(
+        *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
+        merge=True,
+        base_weights=args.base_weights,
+    )
+    grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
+    cut = cutter(model, tokenizer, train_args, facts) if cut_long else _uncut
+    return Answering(model, tokenizer, cut, labels, args.max_new_tokens, args.batch_size, grammar, nested)
+
+
+def _uncut(examples):
+    return [whole(example) for example in examples]
 
 
 class Asked(NamedTuple):

@@ -1,9 +1,11 @@
 """Reading a base from disk, memory-mapped and checked: a Hugging Face folder, and any file of weights or settings."""
 
+import hashlib
 import json
 import math
 import pickle
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows of embeddings without a piece: a vocabulary is padded to a multiple of 64 or 128, or has a few added tokens.
 UNUSED_ROWS = 128
+READERS = 32  # threads that wait for the disk: what is read lies far apart
+TENSOR_BYTES, PARTS = 64 * 1024, 4  # how much of a tensor is read, in how many parts, from its beginning to its end
 OTHER_FORMAT = "take the model in Hugging Face's format"
 LLAMA_CPP = f"llama.cpp's, which is not supported; {OTHER_FORMAT}"
 LLAMA_CPP_MAGIC = (b"GGUF", b"tjgg", b"fmgg", b"lmgg")  # GGUF and the formats before it, in ggml's README
@@ -203,6 +207,24 @@ def mapped_tensors(folder):
     """Yield (name, tensor) of each tensor of a folder, file by file; only those bytes are read that are looked at."""
     for file in weight_files(folder):
         yield from sorted(read_tensors(file).items())
+
+
+def tensors_sha256(model_dir):
+    """Of each tensor's name, shape, type, and 64 KiB spread over its bytes: enough to tell two models apart."""
+    with ThreadPoolExecutor(READERS) as pool:
+        digests = list(pool.map(_tensor_sha256, mapped_tensors(model_dir)))
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _tensor_sha256(named):
+    name, tensor = named
+    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    size = min(TENSOR_BYTES // PARTS, len(data))
+    for part in range(PARTS):
+        start = (len(data) - size) * part // (PARTS - 1)
+        digest.update(data[start : start + size].numpy())  # lets other threads run while it waits for the disk
+    return digest.digest()
 
 
 def read_base(folder):

@@ -2,14 +2,11 @@
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
-
-import torch
 
 from alpaca.common.errors import UserError
 from alpaca.common.options import flatten
 from alpaca.models.base import check_model_dir
-from alpaca.models.base_files import mapped_tensors
+from alpaca.models.base_files import tensors_sha256
 from alpaca.models.tokenizer import tokenizer_sha256
 from alpaca.training.lora import zero_stage
 from dataset import PROMPT_SHA256
@@ -31,8 +28,6 @@ MAY_CHANGE = {
 }
 # Of the DeepSpeed file, the optimizer and the stage decide the weights; the rest says how memory and messages are managed.
 DEEPSPEED_DECIDES = ("deepspeed_optimizer_", "deepspeed_zero_optimization_stage")
-READERS = 32  # threads that wait for the disk: what is read lies far apart
-TENSOR_BYTES, PARTS = 64 * 1024, 4  # how much of a tensor is read, in how many parts, from its beginning to its end
 
 
 def identity_of(args, precision, train_path, loader, total_steps):
@@ -54,7 +49,7 @@ def identity_of(args, precision, train_path, loader, total_steps):
         "train_data_sha256": _file_sha256(train_path),
         "base_config_sha256": _config_sha256(args.model_dir),
         "base_tokenizer_sha256": tokenizer_sha256(args.model_dir),
-        "base_tensors_sha256": _tensors_sha256(args.model_dir),
+        "base_tensors_sha256": tensors_sha256(args.model_dir),
     }
 
 
@@ -118,21 +113,3 @@ def _config_sha256(model_dir):
     config = check_model_dir(model_dir)
     facts = {key: value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _tensors_sha256(model_dir):
-    """Of each tensor's name, shape, type, and 64 KiB spread over its bytes: enough to tell two models apart."""
-    with ThreadPoolExecutor(READERS) as pool:
-        digests = list(pool.map(_tensor_sha256, mapped_tensors(model_dir)))
-    return hashlib.sha256(b"".join(digests)).hexdigest()
-
-
-def _tensor_sha256(named):
-    name, tensor = named
-    digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-    data = tensor.contiguous().flatten().view(torch.uint8)
-    size = min(TENSOR_BYTES // PARTS, len(data))
-    for part in range(PARTS):
-        start = (len(data) - size) * part // (PARTS - 1)
-        digest.update(data[start : start + size].numpy())  # lets other threads run while it waits for the disk
-    return digest.digest()

@@ -5,6 +5,8 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from alpaca.answering.row_file import made_with, row_file
@@ -15,7 +17,8 @@ from alpaca.common.errors import UserError
 def facts(tmp_path):
     for name in ("adapter", "base"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 3_000_000)
+        save_file({"weight": torch.zeros(750_000)}, tmp_path / name / "model.safetensors")
+    (tmp_path / "base" / "tokenizer.model").write_bytes(b"one")
     LlamaConfig().save_pretrained(tmp_path / "base")
     (tmp_path / "in.txt").write_text("一\n二\n三\n", encoding="utf-8")
     return facts_of(tmp_path)
@@ -48,18 +51,20 @@ def test_a_file_goes_on_behind_its_last_whole_row(tmp_path, facts):
     assert sorted(p.name for p in path.parent.iterdir()) == ["rows.jsonl", "rows.jsonl.run.json"]
 
 
-@pytest.mark.parametrize("key", ["adapter", "base", "input", "max_new_tokens", "template"])
+@pytest.mark.parametrize("key", ["adapter", "base", "tokenizer", "input", "max_new_tokens", "template"])
 def test_another_run_is_refused_with_both_values(tmp_path, facts, key):
     path = tmp_path / "rows.jsonl"
     write(path, facts, [{"n": 1}])
     if key == "input":
         (tmp_path / "in.txt").write_text("一\n四\n三\n", encoding="utf-8")
+    elif key == "tokenizer":
+        (tmp_path / "base" / "tokenizer.model").write_bytes(b"two")
     elif key in ("adapter", "base"):
         with (tmp_path / key / "model.safetensors").open("r+b") as file:
             file.seek(2_999_000)
             file.write(b"y")
-    now = facts_of(tmp_path) if key in ("adapter", "base", "input") else {**facts, key: "other"}
-    named = f"{key}_sha256" if key in ("adapter", "base", "input") else key
+    named = f"{key}_sha256" if f"{key}_sha256" in facts else key
+    now = facts_of(tmp_path) if named != key else {**facts, key: "other"}
     with pytest.raises(UserError) as error:
         write(path, now, [{"n": 2}], resume=True)
     assert all(str(value[named])[:12] in str(error.value) for value in (facts, now)), error.value
