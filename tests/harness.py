@@ -145,13 +145,14 @@ def run_new(command, cwd, env, stdin, meanwhile):
 # Runs of a script as several ranks, one run after another, of which one rank may be killed once the output holds so many rows.
 # The launcher's part: where a rank has died, the others are ended.
 RANKS = """
-import json, os, runpy, signal, sys, time
+import faulthandler, json, os, runpy, signal, sys, time
 import llguidance, peft, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend
 runs, output, log = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 def child(run, rank):
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    faulthandler.dump_traceback_later(120, exit=True)  # a rank that hangs says where
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["count"]), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(run["port"]), OMP_NUM_THREADS="1")
     sys.argv, sys.path[0] = run["argv"], os.path.dirname(run["argv"][0])

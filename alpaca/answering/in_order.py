@@ -14,12 +14,19 @@ def in_order(processes, numbered, total, answer):
     numbered: an iterator of (number, item) from 0 on, the same on every process. answer: an Answering of
     alpaca/answering/texts.py; its results are what JSON holds.
     """
-    number, early = processes.wait_for_first(), {}
+    number = processes.wait_for_first()
     ended = answer(_own(processes, numbered, total), (total - number) // processes.count)
-    if processes.rank:
-        _send(processes, ended)
-        return
+    with processes.minding_sigterm():
+        if processes.rank:
+            _send(processes, ended)
+        else:
+            yield from _gather(processes, ended, number, total)
+
+
+def _gather(processes, ended, number, total):
+    early = {}
     while number < total:
+        processes.end_if_told()
         found = next(ended, None)
         if found is None:  # nothing is left to do here; others may be at work
             time.sleep(WAIT_SECONDS)
@@ -47,6 +54,7 @@ def _own(processes, numbered, total):
 def _send(processes, ended):
     waiting, last = [], time.monotonic()
     for found in ended:
+        processes.end_if_told()
         waiting += found
         if waiting and time.monotonic() - last > SEND_SECONDS:
             processes.send(waiting)

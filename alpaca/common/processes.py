@@ -7,7 +7,6 @@ operation, so that no process waits for another's step, and NCCL is not needed. 
 import json
 import os
 import signal
-import sys
 from contextlib import contextmanager
 
 import torch
@@ -33,10 +32,29 @@ class Processes:
                     f"process {local} of this machine has no GPU, there are {cards}; start {cards} processes"
                 )
             torch.cuda.set_device(local)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # as Ctrl-C: what is open is closed
         store = next(rendezvous("env://"))[0] if self.count > 1 else dist.HashStore()
         self.store = dist.PrefixStore("alpaca", store)
-        self.sent, self.received_from = 0, [0] * self.count
+        self.sent, self.received_from, self.told_to_end = 0, [0] * self.count, False
+
+    @contextmanager
+    def minding_sigterm(self):
+        """Meanwhile SIGTERM is noted, and ends this process where it says `end_if_told`, so that what is open is closed.
+
+        An exception at once, in the middle of anything, could leave a lock held that the exit then waits for.
+        """
+
+        def note(*_):
+            self.told_to_end = True
+
+        earlier = signal.signal(signal.SIGTERM, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
+
+    def end_if_told(self):
+        if self.told_to_end:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def begin(self, first):
         """Rank 0 says that the work begins with item `first`, and lets the others go on."""

@@ -2,6 +2,7 @@
 
 import gc
 import random
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +111,24 @@ def test_a_row_that_takes_long_holds_the_others_back(monkeypatch):
     numbered = ((i, drawn.append(i) or str(i)) for i in range(200))
     assert list(in_order(alone(), numbered, 200, answer)) == [str(i) for i in range(200)]
     assert waited == [40]
+
+
+def test_sigterm_ends_between_two_answers_and_not_within_one():
+    """An exception in the middle of an answer, or of an exit, could leave a lock held for ever."""
+    earlier, done = signal.getsignal(signal.SIGTERM), []
+
+    def answer(numbered, expected):
+        for number, text in numbered:
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+            done.append(number)
+            yield [(number, text)]
+
+    rows = in_order(alone(), ((i, str(i)) for i in range(9)), 9, answer)
+    with pytest.raises(SystemExit) as ended:
+        list(rows)
+    assert ended.value.code == 143 and done == [0, 1, 2]
+    assert signal.getsignal(signal.SIGTERM) == earlier  # while the process ends, the signal is not ours
 
 
 def test_an_instruction_is_encoded_once_and_prompts_are_the_same(tokenizer):
