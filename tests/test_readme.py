@@ -6,6 +6,7 @@ trained and answered (SHORTER), and the port of the deepspeed launcher, so that 
 way. The real corpora that the pages name are played by a part of the demo's own.
 """
 
+import functools
 import json
 import os
 import re
@@ -165,28 +166,41 @@ def run_shell(lines, cwd):
     return output
 
 
+@pytest.fixture(scope="module")
+def run_block(copy):
+    """Runs a block in the copy, once. The first, README's own, as it stands; of the others run_script does what is
+    `python <script> …`."""
+
+    @functools.cache
+    def run(number):
+        block = shortened(COMMANDS[number], free_port())
+        parts = re.split(r"^(python \S+\.py .*)$", block, flags=re.M) if number else [block]
+        folder = copy
+        for i, part in enumerate(parts):
+            if i % 2:
+                assert not re.search(r"[\\$`~*?#|;&<>]", part), f"only a shell knows what is meant by {part!r}"
+                _, script, *options = shlex.split(part)
+                result = run_script(folder / script, *options, cwd=folder, check=False)
+                output = result.stdout + result.stderr
+                assert result.returncode == 0, f"{part}\n{output[-6000:]}"
+            else:
+                *output, last = run_shell(f"{part}\necho\npwd", folder).splitlines()
+                output, folder = "\n".join(output), Path(last)
+            assert "Traceback" not in output, f"{block}\n{output[-6000:]}"
+
+    return run
+
+
 @pytest.mark.parametrize("number", range(len(COMMANDS)))
-def test_block(copy, number):
-    """The first block, README's own, runs as it stands. Of the others run_script does what is `python <script> …`."""
-    block = shortened(COMMANDS[number], free_port())
-    parts = re.split(r"^(python \S+\.py .*)$", block, flags=re.M) if number else [block]
-    folder = copy
-    for i, part in enumerate(parts):
-        if i % 2:
-            assert not re.search(r"[\\$`~*?#|;&<>]", part), f"only a shell knows what is meant by {part!r}"
-            _, script, *options = shlex.split(part)
-            result = run_script(folder / script, *options, cwd=folder, check=False)
-            output = result.stdout + result.stderr
-            assert result.returncode == 0, f"{part}\n{output[-6000:]}"
-        else:
-            *output, last = run_shell(f"{part}\necho\npwd", folder).splitlines()
-            output, folder = "\n".join(output), Path(last)
-        assert "Traceback" not in output, f"{block}\n{output[-6000:]}"
+def test_block(run_block, number):
+    run_block(number)
 
 
 @pytest.mark.parametrize("page", [*PAGES, *TWINS])
-def test_the_tree_names_what_is_there(copy, page):
-    """After all blocks have run: also what convert, merge, process, training and testing are said to write."""
+def test_the_tree_names_what_is_there(copy, run_block, page):
+    """Also what convert, merge, process, training and testing are said to write."""
+    for number in range(len(COMMANDS)):
+        run_block(number)
     paths = names_of(page)
     assert len(paths) > 30 or not page.startswith("README")
     assert [path for path in paths if not (copy / on_tiny(path)).exists()] == []
