@@ -1,25 +1,21 @@
 """The base model of a folder, loaded for training or, with an adapter, for answering."""
 
-import pickle
 import re
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from alpaca.common.console import progress, say
 from alpaca.common.devices import DTYPES, describe_device, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
-from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, read_config, read_tensors, weight_files
-from alpaca.models.base_weights import empty_model, load_quantized, pick_base_weights
+from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, read_config, weight_files
+from alpaca.models.base_weights import empty_model, load_quantized, load_whole, pick_base_weights
 from alpaca.models.quantized import QuantizedLinear
-from alpaca.models.tokenizer import how_to_get, load_tokenizer, tokenizer_sha256
+from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from dataset import PROMPT_SHA256
 
 
@@ -45,29 +41,9 @@ def load_base(model_dir, dtype, device, base_weights="full"):
 
     base_weights: full, nf4 or fp8, see base_weights.py.
     """
-    config = LlamaConfig.from_dict(check_model_dir(model_dir))  # transformers itself stumbles over a byte order mark
     if base_weights != "full":
         return load_quantized(model_dir, base_weights, dtype, device)
-    transformers_logging.set_tqdm_hook(lambda _, args, options: progress(*args, **{**options, "desc": "加载模型"}))
-    try:
-        model, found = LlamaForCausalLM.from_pretrained(
-            model_dir, config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        for file in weight_files(model_dir):
-            read_tensors(file)  # says which file it is, and in our words
-        if isinstance(error, RuntimeError):
-            raise
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{model_dir}: the model cannot be read ({first}); {how_to_get(model_dir)}") from None
-    finally:
-        transformers_logging.set_tqdm_hook(None)
-    missing = sorted(found["missing_keys"])  # transformers would draw them at random
-    if missing:
-        raise UserError(
-            f"{model_dir}: {len(missing)} tensors are missing, {missing[0]} among them; {how_to_get(model_dir)}"
-        )
-    return model.to(device).requires_grad_(False)
+    return load_whole(model_dir, dtype, device)
 
 
 def check_generation(args):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import refuse_failed_download
 from alpaca.common.folders import hint_of_folders
+from alpaca.models.mapped_memory import read_only_what_is_used, read_soon
 from alpaca.models.tokenizer import how_to_get
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -221,9 +222,13 @@ def _tensor_sha256(named):
     digest = hashlib.sha256(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
     data = tensor.contiguous().flatten().view(torch.uint8)
     size = min(TENSOR_BYTES // PARTS, len(data))
-    for part in range(PARTS):
-        start = (len(data) - size) * part // (PARTS - 1)
-        digest.update(data[start : start + size].numpy())  # lets other threads run while it waits for the disk
+    starts = [(len(data) - size) * part // (PARTS - 1) for part in range(PARTS)]
+    parts = [data[start : start + size] for start in starts]
+    read_only_what_is_used(data)
+    for part in parts:
+        read_soon(part)
+    for part in parts:
+        digest.update(part.numpy())  # lets other threads run while it waits for the disk
     return digest.digest()
 
 

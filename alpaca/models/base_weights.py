@@ -8,8 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import HEAD, dims, read_base, read_config
+from alpaca.models.base_files import HEAD, dims, mapped_tensors, read_base, read_config
+from alpaca.models.mapped_memory import forget
 from alpaca.models.quantized import FP8_MULTIPLE, Fp8Linear, Nf4Linear
+from alpaca.models.tokenizer import how_to_get
 
 BASE_WEIGHTS = ("full", "nf4", "fp8")
 LAYERS = {"nf4": Nf4Linear, "fp8": Fp8Linear}
@@ -55,6 +57,34 @@ def empty_model(model_dir, dtype=torch.float32):
         return LlamaForCausalLM(config).to(dtype)
 
 
+def load_whole(model_dir, dtype, device):
+    """A LLaMA in evaluation mode on `device` in `dtype`; UserError for a folder that is none, or lacks tensors.
+
+    Read tensor by tensor, so that the host never holds more than the model and one tensor: of a model on a GPU one tensor.
+    """
+    model, tensors = empty_model(model_dir, dtype), dict(mapped_tensors(model_dir))
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if missing := sorted(shapes.keys() - tensors.keys()):
+        raise UserError(
+            f"{model_dir}: {len(missing)} tensors are missing, {missing[0]} among them; {how_to_get(model_dir)}"
+        )
+    for name, shape in shapes.items():
+        if shape != (found := tuple(tensors[name].shape)):
+            raise UserError(
+                f"{model_dir}: {name} is {dims(found)}, by config.json {dims(shape)}; {how_to_get(model_dir)}"
+            )
+    for name in progress(shapes, desc="加载模型", unit="个"):
+        tensor, (path, _, child) = tensors.pop(name), name.rpartition(".")
+        setattr(model.get_submodule(path), child, _parameter(tensor, dtype, device))
+        forget(tensor)
+    return complete(model, device)
+
+
+def _parameter(tensor, dtype, device):
+    """A copy of a tensor of a file. On a GPU the GPU converts it."""
+    return nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False)
+
+
 def load_quantized(model_dir, base_weights, dtype, device):
     """A LLaMA in evaluation mode on `device`, its layers' matrices quantized, the rest in `dtype`.
 
@@ -63,8 +93,9 @@ def load_quantized(model_dir, base_weights, dtype, device):
     """
     _, tensors, _ = read_base(model_dir)
     model = empty_model(model_dir, dtype)
-    for name, tensor in progress(tensors.items(), desc="加载模型", unit="个"):
-        put_weight(model, name, tensor, base_weights, dtype, device)
+    for name in progress([*tensors], desc="加载模型", unit="个"):
+        put_weight(model, name, tensor := tensors.pop(name), base_weights, dtype, device)
+        forget(tensor)
     return complete(model, device)
 
 
@@ -73,8 +104,7 @@ def put_weight(model, name, tensor, base_weights, dtype, device):
     path = name.removesuffix(".weight")
     parent, _, child = path.rpartition(".")
     if name == HEAD or not isinstance(model.get_submodule(path), nn.Linear):
-        weight = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=False)
-        model.get_submodule(path).weight = weight
+        model.get_submodule(path).weight = _parameter(tensor, dtype, device)
         return
     if base_weights == "fp8" and any(size % FP8_MULTIPLE for size in tensor.shape):
         raise UserError(

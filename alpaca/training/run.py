@@ -31,7 +31,7 @@ from alpaca.training.checkpoints import (
 )
 from alpaca.training.evaluate import evaluate_f1
 from alpaca.training.identity import check_resumed, identity_of, own_precision, read_identity
-from alpaca.training.lora import add_lora, check_options, compile_for_training
+from alpaca.training.lora import add_lora, check_options, compile_for_training, zero_stage
 from alpaca.training.loss import evaluate_loss
 from alpaca.training.prefix_tree import make_collate
 from alpaca.training.run_log import TrainLog, evaluated_steps
@@ -103,8 +103,7 @@ class Run:
     def load_model(self):
         """The base with fresh LoRA adapters on this rank's device, its layers compiled where --compile says so."""
         with self.memory_errors():
-            base = load_base(self.args.model_dir, DTYPES[self.precision], self.device, self.args.base_weights)
-            self.model = add_lora(base, self.args)
+            self.model = add_lora(self._load_base(), self.args)
         trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         tokens = sum(len(example.prompt_ids) + len(example.answer_ids) for example in self.train_set)
         say(
@@ -115,6 +114,17 @@ class Run:
             self.model, self.loader, self.args, self.tokenizer.pad_token_id, self.device, self.total_steps
         )
         return self.model
+
+    def _load_base(self):
+        """The base on this rank's device; with ZeRO-3 a share of it, so that no device ever holds the whole."""
+        split = zero_stage(self.args) == 3
+        device = "cpu" if split else self.device
+        base = load_base(self.args.model_dir, DTYPES[self.precision], device, self.args.base_weights)
+        if split:
+            import deepspeed  # takes seconds, and start() has told it the accelerator
+
+            deepspeed.zero.Init(module=base, config_dict_or_path=self.settings)
+        return base.to(self.device)
 
     @contextmanager
     def memory_errors(self):

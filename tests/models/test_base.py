@@ -2,10 +2,17 @@
 
 import json
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
+from alpaca.common.errors import UserError
+from alpaca.models.base import load_base
+from alpaca.models.base_files import expected_shapes
 from harness import run_script, write_jsonl
 
 
@@ -51,3 +58,72 @@ def test_a_tokenizer_of_another_vocabulary(base_dir, tokenizer_models, tmp_path)
     for script, options in (("predict.py", asked), ("train_trainer.py", trained)):
         result = run_script(script, *options, cwd=tmp_path, check=False)
         assert result.returncode == 2 and "pieces, base 1000 embeddings; use the tokenizer.model" in result.stderr
+
+
+def as_archive(tensors, folder):
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def as_before_archives(tensors, folder):
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def as_safetensors(tensors, folder):
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("write", [as_safetensors, as_archive, as_before_archives])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_is_loaded_is_what_transformers_loads(base_dir, tmp_path, write, tied, dtype):
+    """Each kind of file, with one matrix for embeddings and head or with two, as it is or in another precision."""
+    tensors = load_file(base_dir / "model.safetensors")
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}), encoding="utf-8")
+    if tied:
+        del tensors["lm_head.weight"]
+    write(tensors, tmp_path)
+    ours, theirs = load_base(tmp_path, dtype, "cpu"), LlamaForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert ours.state_dict().keys() == theirs.state_dict().keys() and not ours.training
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor) and ours.state_dict()[name].dtype == dtype, name
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied
+    assert torch.equal(ours.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+
+
+def test_a_tensor_of_another_size_than_config_json_says(base_dir, tmp_path):
+    shutil.copytree(base_dir, tmp_path / "base")
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "intermediate_size": 80}), encoding="utf-8")
+    with pytest.raises(UserError, match="gate_proj.weight is 88 x 32, by config.json 80 x 32"):
+        load_base(tmp_path / "base", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("base_weights, kind, share", [("full", "Pss", 1.2), ("nf4", "Pss_File", 0.3)])
+def test_loading_holds_the_weights_once(base_dir, tmp_path, base_weights, kind, share):
+    """100 MB of float16 as bfloat16: neither the file's pages nor numbers of the other type stay beside the model. Of nf4
+    only the file's pages: quantizing needs as much as some of these small matrices."""
+    config = json.loads((base_dir / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": 4}
+    config |= {"num_key_value_heads": 16, "head_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    shapes = expected_shapes(config)
+    as_safetensors({name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}, tmp_path)
+    weights, peaks, ended = (tmp_path / "model.safetensors").stat().st_size, [], threading.Event()
+
+    def pss():
+        lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:"))
+
+    def watch():
+        while not ended.is_set():
+            peaks.append(pss())
+
+    before, watching = pss(), threading.Thread(target=watch)
+    watching.start()
+    model = load_base(tmp_path, torch.bfloat16, "cpu", base_weights)
+    ended.set()
+    watching.join()
+    assert weights > 100e6 and model.model.layers[3].mlp.down_proj.weight is not None
+    assert max(*peaks, pss()) - before < share * weights
