@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
-from alpaca.models.adapters import adapter_or_old
 from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.training.checkpoints import from_main, saving, to_disk
 from alpaca.training.lora import lora_weights
@@ -116,15 +115,16 @@ def is_score(value):
 
 
 class BestScore:
-    """Which evaluated states are to become adapter_model/: those that score better than the one that is there."""
+    """Which evaluated states are to become adapter_model/: those that score better than the one that is there.
 
-    def __init__(self, save_dir, metric, first_step=0):
-        """first_step: of a run that is resumed. A better state of a later step is no part of what follows."""
+    Also than one of a later step, of a course that was left to go on from an earlier checkpoint.
+    """
+
+    def __init__(self, save_dir, metric):
         self.key, self.sign, self.score = f"eval_{metric}", -1 if metric == "loss" else 1, None
-        adapter = Path(save_dir) / "adapter_model"
-        path = (adapter_or_old(adapter) or adapter) / "train_args.json"
+        path = Path(save_dir) / "adapter_model" / "train_args.json"
         facts = load_config(path)[1] if path.is_file() else {}
-        if facts.get("step", first_step) <= first_step and is_score(facts.get(self.key)):
+        if is_score(facts.get(self.key)):
             self.score = facts[self.key]
 
     def improves(self, scores):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from alpaca.common.console import end_bars, is_main, say
 from alpaca.common.errors import UserError
+from alpaca.models.adapters import adapter_or_old
 
 
 @contextmanager
@@ -90,6 +91,9 @@ def start_run(save_dir, resume_from):
         for folder in complete_checkpoints(save_dir):
             if step_of(folder) > step_of(resume_from):
                 say(f"{folder.name} 在 {resume_from.name} 之后，已移到 {put_aside(folder)}")
+        adapter = save_dir / "adapter_model"
+        if not adapter.exists() and (old := adapter_or_old(adapter)):  # a kill between the renames of a save
+            old.rename(adapter)
     elif save_dir.is_dir() and any(save_dir.iterdir()):
         say(f"之前的训练结果已移到 {put_aside(save_dir)}")
     save_dir.mkdir(parents=True, exist_ok=True)

@@ -149,7 +149,7 @@ class Run:
         """Make save_dir ready and open the log. first_step: the optimizer steps that a resumed run has done already."""
         from_main(lambda: start_run(self.save_dir, self.resume_from))
         self.saved_step = from_main(lambda: adapter_step(self.save_dir))
-        self.best = BestScore(self.save_dir, self.args.best, first_step)
+        self.best = BestScore(self.save_dir, self.args.best)
         self.signals, self.signal = catch_signals(), 0  # signal: the number of the one that ends the run
         self.checkpoint_step = first_step if self.resume_from else None
         self.skips, self.skips_logged, self.updated = 0, 0, False
@@ -161,6 +161,10 @@ class Run:
             say(f"从 {self.resume_from} 继续，已完成 {first_step} 步")
             if self.args.best == "last" and self.saved_step != first_step:  # that of the course that was left
                 self.save_adapter(first_step)
+            elif self.best.score is not None and self.saved_step > first_step:
+                say(
+                    f"adapter_model/ 是第 {self.saved_step} 步的（{self.args.best} {self.best.score:.4f}），更好的才会替换它"
+                )
             if self.evaluation_due(first_step) and first_step not in from_main(lambda: evaluated_steps(self.log.path)):
                 self.evaluate(first_step)
                 if self.signal:

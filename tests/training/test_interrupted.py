@@ -4,8 +4,10 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +15,13 @@ import torch
 from alpaca.common.console import say
 from alpaca.common.devices import check_launcher
 from alpaca.common.errors import UserError
-from alpaca.training.adapter_writer import BestScore
-from alpaca.training.checkpoints import complete_checkpoints
+from alpaca.training.adapter_writer import BestScore, adapter_step
+from alpaca.training.checkpoints import complete_checkpoints, start_run
 from alpaca.training.run_log import evaluated_steps, repair_log
 from alpaca.training.steps import catch_signals, shared_state, with_learning_rate
 from harness import ROOT, free_port, needs_two_gpus, read_log, run_script, training_options
 
+FIXTURES = Path(__file__).parent / "fixtures"
 TRAINERS = ("train_deepspeed", "train_trainer")
 # What a run does before its script: replace some names.
 PATCHED = """
@@ -178,6 +181,20 @@ def test_what_is_no_number_on_one_rank_ends_all(base_dir, instruct_data, tmp_pat
     assert facts["step"] == 1
 
 
+@needs_two_gpus
+def test_another_number_of_processes_is_refused(base_dir, instruct_data, tmp_path):
+    """A checkpoint has the optimizer's state in parts, one for each process."""
+    run = tmp_path / "run"
+    shutil.copytree(FIXTURES / "bff124a" / "train_deepspeed", run)
+    before = sorted(tmp_path.rglob("*"))
+    more = ["--max_steps=50", "--train_batch_size=3", "--resume"]
+    result = run_two_ranks("train_deepspeed", "", [*options(base_dir, instruct_data, run), *more], tmp_path)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 2 and "rank 1: 2" in result.stderr and "Traceback" not in result.stderr, result.stderr
+    assert len(errors) == 2 and all("was written with ranks 1, this run has 2; make them equal" in e for e in errors)
+    assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "two_ranks.py"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="fp16 needs a CUDA device")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_fp16_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_path, stage):
@@ -208,8 +225,9 @@ def test_a_gpu_without_room_is_one_line(base_dir, instruct_data, tmp_path, train
 
 def test_the_learning_rate_follows_the_base():
     def rate(asked, hidden_size):
-        settings, _ = with_learning_rate({"optimizer": {"params": {"lr": asked, "eps": 1e-8}}}, hidden_size)
+        settings, source = with_learning_rate({"optimizer": {"params": {"lr": asked, "eps": 1e-8}}}, hidden_size)
         assert settings["optimizer"]["params"]["eps"] == 1e-8
+        assert source == (f"auto，hidden_size {hidden_size}" if asked == "auto" else "DeepSpeed 配置或命令行")
         return settings["optimizer"]["params"]["lr"]
 
     assert [rate("auto", 4096), rate("auto", 256), rate(3e-4, 4096), rate(3e-4, 256)] == [1e-4, 1.5e-3, 3e-4, 3e-4]
@@ -307,13 +325,14 @@ def test_nan_is_never_the_best(tmp_path):
     assert BestScore(tmp_path, "f1").improves({"eval_f1": 0.0})
 
 
-def test_the_best_is_remembered_between_the_renames_of_a_save(tmp_path):
-    write_facts(tmp_path / "adapter_model.old", eval_loss=0.5, step=10)
-    best = BestScore(tmp_path, "loss", first_step=20)
-    assert not best.improves({"eval_loss": 0.6}) and best.improves({"eval_loss": 0.4})
-    assert BestScore(tmp_path, "loss", first_step=5).improves(
-        {"eval_loss": 0.6}
-    )  # step 10 is of a course that was left
+def test_the_best_is_remembered(tmp_path, capsys):
+    """Also where a kill has left it between the renames of a save, and where the run goes on from an earlier step."""
+    run, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    write_facts(run / "adapter_model.old", eval_loss=0.5, step=10)
+    start_run(run, checkpoint)
+    best = BestScore(run, "loss")
+    assert adapter_step(run) == 10 and not best.improves({"eval_loss": 0.6}) and best.improves({"eval_loss": 0.4})
 
 
 def test_half_a_record_is_cut_off(tmp_path):
