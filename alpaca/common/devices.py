@@ -36,12 +36,12 @@ def init_distributed():
         os.environ.update(alone)
     # DeepSpeed would compile its shared-memory collectives with c++ (36 s, or death where there is none); gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # first: NCCL takes the current GPU
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         device = torch.device("cpu")
+    deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     return device, dist.get_rank(), dist.get_world_size()
 
 

@@ -32,6 +32,13 @@ def start():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
+    # Each process uses one GPU, which init_distributed chooses: what barrier() takes of itself is right. DeepSpeed makes the
+    # node that adds up a gradient before the steps, on another stream; autograd waits for it.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+    # Of torch's C++ only errors. A run that ends by an error leaves its process group open, and NCCL would remark on that; to
+    # close it, a process would wait for others that may never come.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.getLogger("bitsandbytes").setLevel(
         logging.ERROR
     )  # on a CPU with avx512_bf16 it misses a package of kernels

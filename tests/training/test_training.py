@@ -10,6 +10,7 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.figure
 import pytest
@@ -185,6 +186,22 @@ def test_a_picture_that_cannot_be_drawn_is_said_once_and_ends_nothing(tmp_path, 
     log.close()
     assert capsys.readouterr().err.count("画不了") == 1
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["train_log.jsonl", "training.png"]
+
+
+def test_the_time_that_is_left_and_the_memory_are_said(tmp_path, monkeypatch, capsys):
+    """Without the first step, which compiles. The memory is what a card must have, free parts of its blocks included."""
+    clock = SimpleNamespace(now=0, time=lambda: clock.now)
+    monkeypatch.setattr("alpaca.training.run_log.time", clock)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: (10 + clock.now) * 2**30)
+    log = TrainLog(tmp_path, TrainLoader([None] * 120, 3, 1, list, 42), 40, first_step=5)
+    for seconds in (30, *[2] * 11):
+        clock.now += seconds
+        log.step()
+    log.close()
+    said = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "峰值" in line or "约需" in line]
+    left = "每步 2.00 秒，余下 25 步约需 0:00:50（不算保存和评估）"
+    assert said == ["第 1 步后显存峰值 40.0 GiB", left, "训练结束，显存峰值 62.0 GiB"]
 
 
 def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
