@@ -5,7 +5,7 @@
 
 Writes float16 files below --work_dir, deletes them at the end, and prints one line a measurement. The hash is that of
 alpaca/models/base_files.py, first with nothing of the files in memory, then again. Then each number of processes loads the
-model at the same time in the precision of this device; memory is PSS of /proc/self/smaps_rollup, where a page that several
+model at the same time; memory is PSS of /proc/self/smaps_rollup, where a page that several
 processes share counts in parts, at its peak, as a multiple of the weights.
 """
 
@@ -27,7 +27,7 @@ start()
 import torch
 from safetensors.torch import save_file
 
-from alpaca.common.devices import DTYPES, pick_precision
+from alpaca.common.devices import DTYPES
 from alpaca.models.base import load_base
 from alpaca.models.base_files import expected_shapes, tensors_sha256, weight_files
 from benchmarks.speed_inputs import SHAPES
@@ -36,6 +36,7 @@ from config_utils import run_script
 CONFIG = {
     "layers": 32,  # of them; a 7B has 32
     "processes": [1, 2],  # so many load at the same time
+    "precision": "bf16",  # to load it in; the files are float16
     "work_dir": None,  # folder to write below; None: the system's for temporary files
     "loading": None,  # internal: load this folder in this process
 }
@@ -73,8 +74,8 @@ def memory():
     return {name: int(value.split()[0]) * 1024 for name, value in (line.split(":") for line in lines)}
 
 
-def load(folder):
-    """Load the model in this process; prints its peak memory, and how long it took, as JSON."""
+def load(folder, dtype):
+    """Load the model in this process, on the GPU if there is one; prints its peak memory, and how long it took, as JSON."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     peak, ended = {"Pss": 0, "Pss_Anon": 0}, threading.Event()
 
@@ -85,17 +86,17 @@ def load(folder):
 
     watching, began = threading.Thread(target=watch), time.perf_counter()
     watching.start()
-    model = load_base(folder, DTYPES[pick_precision("auto", device)], device)
+    model = load_base(folder, dtype, device)
     seconds = time.perf_counter() - began
     time.sleep(1)  # the last peak is seen too
     ended.set()
     watching.join()
-    print(json.dumps({**peak, "seconds": seconds, "dtype": str(model.dtype), "device": device}))
+    print(json.dumps({**peak, "seconds": seconds, "size": model.num_parameters() * dtype.itemsize, "device": device}))
 
 
 def main(args):
     if args.loading:
-        load(args.loading)
+        load(args.loading, DTYPES[args.precision])
         return
     folder = Path(tempfile.mkdtemp(dir=args.work_dir))
     try:
@@ -108,13 +109,13 @@ def main(args):
             print(f"hash, {what}: {time.perf_counter() - began:.2f} s", flush=True)
         for count in args.processes:
             drop_from_memory(folder)
-            command = [sys.executable, __file__, f"--loading={folder}"]
+            command = [sys.executable, __file__, f"--loading={folder}", f"--precision={args.precision}"]
             running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(count)]
             for result in [json.loads(process.communicate()[0]) for process in running]:
-                whole, own = (result[name] / size for name in ("Pss", "Pss_Anon"))
+                whole, own = (result[name] / result["size"] for name in ("Pss", "Pss_Anon"))
                 print(
-                    f"loading, {count} at once, {result['dtype']} on {result['device']}: peak {whole:.2f} x the weights, "
-                    f"{own:.2f} x of them no file's; {result['seconds']:.1f} s",
+                    f"loading, {count} at once, {args.precision} on {result['device']}: peak {whole:.2f} x the weights, "
+                    f"{own:.2f} x without files' pages; {result['seconds']:.1f} s",
                     flush=True,
                 )
     finally:

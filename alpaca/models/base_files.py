@@ -9,16 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import refuse_failed_download
 from alpaca.common.folders import hint_of_folders
-from alpaca.models.mapped_memory import read_only_what_is_used, read_soon
+from alpaca.models.mapped_memory import FLOATS, map_safetensors, read_only_what_is_used, read_soon
 from alpaca.models.tokenizer import how_to_get
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # Rows of embeddings without a piece: a vocabulary is padded to a multiple of 64 or 128, or has a few added tokens.
 UNUSED_ROWS = 128
 READERS = 32  # threads that wait for the disk: what is read lies far apart
@@ -108,7 +106,7 @@ def read_tensors(path):
     check_weights_file(path)
     try:
         if path.suffix == ".safetensors":
-            tensors = load_file(path)
+            tensors = map_safetensors(path)
         else:
             _check_pickle(path)
             # files that PyTorch wrote before version 1.6 are no zip archives, and only archives can be mapped
@@ -125,7 +123,7 @@ def read_tensors(path):
         raise UserError(f"{path}: holds something else than named tensors; download it again")
     tensors = {name: tensor for name, tensor in tensors.items() if not is_table(name)}
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+        if tensor.dtype not in FLOATS.values() or tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(
                 f"{path}: {name} is of type {tensor.dtype}; only float16, bfloat16 and float32 can be read, so take "
                 "the model that is not quantized"
