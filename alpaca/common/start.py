@@ -32,6 +32,8 @@ def start():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS", module="accelerate")
+    # what DeepSpeed calls has other names in newer versions of torch
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.\w+` is deprecated")
     # Each process uses one GPU, which init_distributed chooses: what barrier() takes of itself is right. DeepSpeed makes the
     # node that adds up a gradient before the steps, on another stream; autograd waits for it.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
