@@ -26,7 +26,8 @@ TRAINERS = ("train_deepspeed", "train_trainer")
 # What a run does before its script: replace some names.
 PATCHED = """
 import os
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import alpaca.training.loss as loss
 import alpaca.training.run as run
 """
@@ -75,7 +76,8 @@ TWO_RANKS = """
 import os, runpy, sys
 sys.path.insert(0, {root!r})
 os.environ.update(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}", RANK="0", LOCAL_RANK="0")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 second = os.fork()
 if not second:
     os.environ.update(RANK="1", LOCAL_RANK="1")
