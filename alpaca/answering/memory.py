@@ -15,17 +15,17 @@ LIMITS = {  # controllers of a line of /proc/self/cgroup, v2 and v1 -> limit, us
 def free_memory(device):
     """Bytes that can still be allocated on the device, here within what a container or a batch job may use."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        allowed = torch.cuda.get_per_process_memory_fraction(device) * total - torch.cuda.memory_reserved(device)
-        return max(0, int(min(free, allowed))) + _kept_unused(device)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        free, total = torch.cuda.mem_get_info(index)
+        allowed = torch.cuda.get_per_process_memory_fraction(index) * total - torch.cuda.memory_reserved(index)
+        return max(0, int(min(free, allowed))) + _kept_unused(index)
     lines = (PROC / "meminfo").read_text(encoding="utf-8").splitlines()
     machine = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
     return max(0, min([machine, *left_by_cgroups()]))
 
 
-def _kept_unused(device):
+def _kept_unused(index):
     """Bytes that torch has of the device and does not use, without those of a CUDA graph, which only its replay uses."""
-    index = torch.cuda.current_device() if device.index is None else device.index
     segments = [segment for segment in torch.cuda.memory_snapshot() if segment["device"] == index]
     segments = [segment for segment in segments if tuple(segment["segment_pool_id"]) == (0, 0)]
     return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
