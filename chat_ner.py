@@ -27,8 +27,9 @@ from alpaca.common.text_files import SURROGATE
 from alpaca.corpora.inputs import read_inputs
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
+from alpaca.models.templates import encode_prompts, message_of
 from config_utils import run_script
-from dataset import BOS, QUERY_PREFIX, build_prompt, encode_prompts
+from dataset import QUERY_PREFIX
 
 with contextlib.suppress(ImportError):  # some builds of Python have none
     import readline  # noqa: F401  arrow keys and history in input()
@@ -37,6 +38,7 @@ CONFIG = {
     "base_model": None,  # folder of the base model; None: the base that the adapter was trained on; given alone: no adapter
     "lora_model": "auto",  # auto: the adapter of checkpoint/demo/ written last | a folder | none: the base alone
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: as in training, else the base's
     "with_prompt": True,  # True: the input is put into the prompt of training | False: the model reads it as typed
     "interactive": True,  # True: ask for inputs in the terminal, unless data_file is given | False: only answer data_file
     "data_file": None,  # file of inputs to answer, one a line; None: no file
@@ -67,15 +69,15 @@ HELP = """\
 """
 
 
-def chat_prompt(line, instructs):
-    """(the prompt of one input line, its query): training's own if it begins with an instruction, else the line as
+def chat_message(line, instructs):
+    """(the message of one input line, its query): training's own if it begins with an instruction, else the line as
     instruction, and None."""
     text = line.replace("\\n", "\n")
     for instruct in instructs:
         if text.startswith(instruct):
             query = text.removeprefix(instruct).lstrip("\n")
-            return build_prompt(instruct, query), query
-    return build_prompt(line, ""), None
+            return message_of(instruct, query), query
+    return message_of(line, ""), None
 
 
 def pick_device(gpus, only_cpu):
@@ -113,7 +115,10 @@ def main(args):
     output = open_output(args.predictions_file) if args.data_file else None
     device = pick_device(args.gpus, args.only_cpu)
     model, tokenizer = load_for_inference(
-        adapter, train_args, facts, args.base_model, args.tokenizer_path, device=device, base_weights=args.base_weights
+        *(adapter, train_args, facts, args.base_model, args.tokenizer_path),
+        device=device,
+        base_weights=args.base_weights,
+        template=args.template,
     )
 
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, facts.get("labels"))
@@ -122,13 +127,15 @@ def main(args):
 
     def answer(line, without_adapter=False):
         """Yield the answer to an input as it grows, each text beginning with the one before."""
-        prompt, query = chat_prompt(line, facts.get("instructs", [])) if args.with_prompt else (None, None)
-        (ids,) = encode_prompts(tokenizer, [prompt]) if prompt else [[BOS, *tokenizer.encode_texts([line])[0]]]
+        message, query = chat_message(line, facts.get("instructs", [])) if args.with_prompt else (None, None)
+        bare = [[*tokenizer.begin, *ids] for ids in tokenizer.encode_texts([line])]
+        (ids,) = encode_prompts(tokenizer, [message]) if message else bare
         rules = {"pick": free}
         if grammar and query is not None and not without_adapter:
             rules = {"grammar": grammar, "text": query.removeprefix(query_prefix)}
         with model.disable_adapter() if adapter and without_adapter else contextlib.nullcontext():
-            texts = without_template(stream(model, tokenizer, ids, args.max_new_tokens, standby=standby, **rules))
+            texts = stream(model, tokenizer, ids, args.max_new_tokens, standby=standby, **rules)
+            texts = without_template(texts, tokenizer.template)
             yield next(texts, "（输入超过模型的长度上限）")
             yield from texts
 

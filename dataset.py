@@ -1,23 +1,15 @@
-"""Records <-> prompts <-> token ids, and answers <-> entities: the one place where text meets the model.
+"""Records -> examples, and answers <-> entities: what instruct data say.
 
-The prompt is built, encoded and parsed here and nowhere else, so training, testing, predicting and chatting cannot
-disagree about a byte of it. Nothing here loads weights or reads the command line.
+An answer is written and parsed here and nowhere else, so training, testing, predicting and chatting cannot disagree about
+it. Nothing here knows a model or reads the command line; prompts and ids are made in alpaca/models/templates.py.
 """
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import keep_or_raise, read_jsonl
 
-# The template that Chinese-Alpaca was tuned with (Stanford Alpaca's, for an instruction without a separate input).
-# The one space at its end is a token of its own ("▁"): the answer is encoded separately behind it.
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    "\n\n### Instruction:\n{instruction}\n\n### Response: "
-)
-PROMPT_SHA256 = hashlib.sha256(PROMPT.encode("utf-8")).hexdigest()
 QUERY_PREFIX = "文本："
 NO_ENTITY = "没有"
 # What predictions.jsonl says itself; a key of an input that has one of these names is not kept.
@@ -29,12 +21,6 @@ INSTRUCT = (  # {labels}: the names of the types, joined by 、
 )
 LABELS = ["人名", "地名", "机构名"]  # what the base alone is asked for
 TOTAL = "micro"  # all types together, as metrics.json names them beside the types: the name of none
-BOS, EOS, UNK = 1, 2, 0  # the ids of every LLaMA vocabulary
-
-
-def build_prompt(instruct, query):
-    """The prompt of one example, without bos; an empty query adds no newline."""
-    return PROMPT.replace("{instruction}", f"{instruct}\n{query}" if query else instruct)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -261,28 +247,7 @@ def labels_of(examples):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# token ids
-
-
-class TokenizedExample(NamedTuple):
-    """An example as token ids."""
-
-    prompt_ids: list  # of int, begins with bos
-    answer_ids: list  # of int, ends with eos
-    line: int | None = None  # where in the file it stands, for messages
-
-
-def encode_prompts(tokenizer, prompts):
-    """Ids of prompts as the model is to read them: list of str -> list of list of int, each `[bos] + ids`."""
-    return [[BOS, *ids] for ids in tokenizer.encode_texts(prompts)]
-
-
-def encode_examples(tokenizer, examples):
-    """Examples -> list of TokenizedExample. Prompt and answer are encoded separately; only the answer carries loss."""
-    prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
-    answers = tokenizer.encode_texts([e["answer"] for e in examples])
-    lines = [e.get("line") for e in examples]
-    return [TokenizedExample(p, [*a, EOS], line) for p, a, line in zip(prompts, answers, lines, strict=True)]
+# lengths
 
 
 def fit_length(examples, path, max_seq_length, too_long="drop"):

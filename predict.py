@@ -43,6 +43,7 @@ CONFIG = {
     "instruct": None,  # what to ask of each text; None: what the adapter was trained with
     "labels": None,  # entity types of the answers, joined by commas | none: no entities; None: the adapter's own
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: as in training, else the base's
     "text": None,  # one text to predict; with neither text nor input_path: three sentences of our own
     "input_path": None,  # file of texts to predict: plain lines, JSON lines, a JSON array, CSV or .xlsx with a text column
     "output_path": None,  # file to write the results to, as JSON lines; None: print them
@@ -119,7 +120,7 @@ def main(args):
     output = nullcontext()
     if args.output_path and not processes.rank:
         task = {"instruct": instruct, "labels": labels, "query_prefix": query_prefix}
-        made = made_with(args, adapter, train_args, args.input_path, **task, min_confidence=args.min_confidence)
+        made = made_with(args, adapter, train_args, facts, args.input_path, **task, min_confidence=args.min_confidence)
         output = row_file(args.output_path, made, total, args.resume)
     cut_off = 0
     with output as file:

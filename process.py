@@ -69,6 +69,7 @@ CONFIG = {
     "predictions": None,  # for export: predictions.jsonl to write; None: the one below checkpoint/<data_name>/ written last
     "audit_only": False,  # True: write nothing, only check data/<data_name>/instruct_data/ as the trainers do
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # folder of the model whose tokenizer counts the tokens
+    "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: that of the base
     "max_seq_length": 512,  # most tokens of prompt + answer: longer texts are cut at sentence ends
     "instruct_column": "instruct",  # for audit_only: name of the column that holds the instruction
     "query_column": "query",  # for audit_only: name of the column that holds the query
@@ -162,7 +163,7 @@ def remove_leaks(parts, keep_leaked):
 def cut_parts(parts, task, args):
     """Cut what is longer than max_seq_length -> (the parts, lines that say what was cut)."""
     try:
-        tokenizer = load_tokenizer(args.model_dir)
+        tokenizer = load_tokenizer(args.model_dir, args.template)
     except UserError as error:
         longest = max(len(example["query"] + example["answer"]) for part in parts.values() for example in part)
         if longest + len(task.instruct) <= args.max_seq_length:
@@ -194,7 +195,7 @@ def main(args):
     folder = Path("data") / args.data_name / "instruct_data"
     if args.audit_only:
         columns = args.instruct_column, args.query_column, args.response_column
-        tokenizer = load_tokenizer(args.model_dir)
+        tokenizer = load_tokenizer(args.model_dir, args.template)
         audit((folder / "train.txt", folder / "dev.txt"), tokenizer, args.max_seq_length, columns, out=sys.stdout)
         return
     labels = read_labels(args.labels)

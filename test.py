@@ -42,6 +42,7 @@ CONFIG = {
     "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: as in training, else the base's
     "split": "dev",  # dev | test | train: test on data/<data_name>/instruct_data/<split>.txt
     "dev_path": None,  # file of instruct data to test on; None: that of split
     "instruct_column": None,  # name of the column that holds the instruction; None: as in training, for the base alone: instruct
@@ -96,7 +97,7 @@ def main(args):
     processes, output = Processes(), nullcontext()
     if not processes.rank:
         task = {**columns, "labels": labels, "nested": nested, "metric": args.metric}
-        made = made_with(args, adapter, train_args, dev_path, **task)
+        made = made_with(args, adapter, train_args, facts, dev_path, **task)
         remedy = (
             "name a copy of the adapter in another folder with --lora_model" if adapter else "make its folder writable"
         )

@@ -27,6 +27,7 @@ CONFIG = {
     # data and model
     "data_name": "demo",  # name of the data set: its folder under data/ and under checkpoint/
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # folder of the base model; for 7B ./model_hub/chinese-alpaca-7b
+    "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: that of the base
     "train_path": None,  # file of instruct data to train on; None: data/<data_name>/instruct_data/train.txt
     "dev_path": None,  # file of instruct data to evaluate on; None: data/<data_name>/instruct_data/dev.txt
     "save_dir": None,  # folder for the adapter, checkpoints and logs; None: checkpoint/<data_name>/train_trainer

@@ -33,6 +33,7 @@ CONFIG = {
     "base_model": None,  # folder of the base model; None: the base that the adapter was trained on
     "lora_model": "auto",  # auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone
     "tokenizer_path": None,  # folder of the tokenizer; None: the base model's
+    "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: as in training, else the base's
     "host": "127.0.0.1",  # address to listen on; one that other machines reach needs auth
     "port": 7860,  # port to listen on
     "auth": None,  # user:password that the page asks for; None: nothing is asked for

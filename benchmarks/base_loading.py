@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 
 from alpaca.common.devices import DTYPES
 from alpaca.models.base import load_base
-from alpaca.models.base_files import expected_shapes, tensors_sha256, weight_files
+from alpaca.models.base_files import tensors_sha256, weight_files
+from alpaca.models.layers import tensor_shapes
 from benchmarks.speed_inputs import SHAPES
 from config_utils import run_script
 
@@ -45,9 +46,9 @@ SHARDS = 2  # files of weights, as a 7B has them
 
 def write_model(folder, layers):
     """A Hugging Face folder of random float16 weights; its size in bytes."""
-    config = {"model_type": "llama", "vocab_size": 49954, **SHAPES["7b"], "num_hidden_layers": layers}
+    config = {"vocab_size": 49954, **SHAPES["7b"], "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shapes, numbers, index = expected_shapes(config), torch.randn(2**20, dtype=torch.float16), {}
+    shapes, numbers, index = tensor_shapes(config), torch.randn(2**20, dtype=torch.float16), {}
     for shard in range(SHARDS):
         file, tensors = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors", {}
         for name, shape in [*shapes.items()][shard::SHARDS]:

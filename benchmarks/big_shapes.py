@@ -22,6 +22,7 @@ import torch
 from alpaca.common.devices import DTYPES, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.models.base_weights import check_base_weights
+from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from alpaca.training.batches import TrainLoader
 from alpaca.training.lora import add_lora
@@ -30,7 +31,6 @@ from alpaca.training.prefix_tree import make_collate
 from benchmarks.speed_inputs import SHAPES, random_quantized, read_corpus
 from benchmarks.speed_peers import TARGETS
 from config_utils import run_script
-from dataset import encode_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

@@ -5,7 +5,8 @@
     python benchmarks/generate_speed.py --shape=7b --corpus=msra_train.txt --tokenizer=tokenizer.model
     python benchmarks/generate_speed.py --gpus=1,2 --corpus=msra_train.txt --base_model=7B-hf      # predict.py as a whole
 
---shape=7b makes a model of LLaMA 7B's shape with random weights on the GPU. Left to itself it would answer nonsense of
+--shape=7b makes a model of LLaMA 7B's shape with random weights on the GPU, --shape=qwen2.5-7b one of that shape, its
+vocabulary the given one and fillers; its results have its name in that of the file. Left to itself it would answer nonsense of
 any length; so every answer is forced to be the right one, and lengths and masks are those of a good model.
 
 how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
@@ -54,22 +55,22 @@ from alpaca.common.devices import DTYPES, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
-from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
-from benchmarks.speed_inputs import LABELS, SHAPES, random_7b, read_corpus
+from alpaca.models.templates import encode_examples
+from benchmarks.speed_inputs import BIG, LABELS, SHAPES, random_7b, read_corpus, save_vocabulary
 from config_utils import run_script
-from dataset import EOS, encode_examples, read_examples
+from dataset import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
-    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b (random weights, 13 GB of memory)
+    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b | qwen2.5-7b (random, 13 GB)
     "batch": [64],  # rows at a time
     "how": ["single", "padded", "ours", "constrained"],  # see above
     "compile": "auto",  # auto: layers are compiled where the work repays it | True: as for a long work
     "vllm_python": None,  # the Python of an environment with vLLM, for --how=vllm
-    "examples": 200,  # how many are answered; with --shape=7b: 20 times as many where a batch is
+    "examples": 200,  # how many are answered; with random weights: 20 times as many where a batch is
     "precision": "auto",  # auto | bf16 | fp16 | fp32
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's dev set
-    "tokenizer": None,  # a tokenizer.model, needed for --shape=7b
+    "tokenizer": None,  # a tokenizer.model, needed for a random shape
     "gpus": [0],  # measure predict.py with so many processes instead; 0: do not
     "base_model": None,  # for --gpus: the folder of a base
 }
@@ -90,12 +91,13 @@ def load(args, device, merge=True):
         )
         path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
         return model, tokenizer, examples_of(path) if args.corpus else read_examples(path)
-    if args.shape != "7b" or not args.tokenizer or not args.corpus:
-        raise UserError("--shape: expected tiny, or 7b with --tokenizer=<tokenizer.model> and --corpus=<JSON lines>")
-    save_tokenizer(args.tokenizer, ROOT / "benchmarks" / "work" / "tokenizer")
-    tokenizer = load_tokenizer(ROOT / "benchmarks" / "work" / "tokenizer")
+    if args.shape not in BIG or not args.tokenizer or not args.corpus:
+        raise UserError(
+            f"--shape: expected tiny, or {' or '.join(BIG)} with --tokenizer=<tokenizer.model> and --corpus=<JSON lines>"
+        )
+    tokenizer = save_vocabulary(args.tokenizer, ROOT / "benchmarks" / "work" / "tokenizer", args.shape)
     torch.manual_seed(0)
-    model = random_7b(tokenizer.vocab_size, DTYPES[pick_precision(args.precision, device)], device)
+    model = random_7b(args.shape, len(tokenizer), DTYPES[pick_precision(args.precision, device)], device)
     return model.eval().requires_grad_(False), tokenizer, examples_of(args.corpus)
 
 
@@ -129,10 +131,11 @@ def with_transformers(model, tokenizer, examples, batch, forced):
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
         new = max(len(examples[i].answer_ids) for i in chunk) if forced else MAX_NEW_TOKENS
         options = {"max_new_tokens": new, "min_new_tokens": new if forced else None, "do_sample": False}
+        end = tokenizer.frame.end
         with torch.inference_mode():
-            output = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=EOS, pad_token_id=0, **options)
+            output = model.generate(input_ids=ids, attention_mask=mask, eos_token_id=end, pad_token_id=0, **options)
         for i, row in zip(chunk, output[:, longest:].tolist(), strict=True):
-            texts[i] = tokenizer.decode(row[: row.index(EOS)] if EOS in row else row)
+            texts[i] = tokenizer.decode(row[: row.index(end)] if end in row else row)
     return texts
 
 
@@ -192,7 +195,7 @@ def with_vllm(python, vocabulary, examples, batch):
     lengths = [[example.prompt_ids, len(example.answer_ids)] for example in examples]
     (work / "vllm_prompts.json").write_text(json.dumps(lengths), encoding="utf-8")
     (work / "vllm_model").mkdir(exist_ok=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, **SHAPES["7b"]}
+    config = {"architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary, **SHAPES["7b"]}
     config |= {"num_key_value_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "hidden_act": "silu"}
     config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
     (work / "vllm_model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -257,7 +260,7 @@ def main(args):
         return by_processes(args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    precision, forced = pick_precision(args.precision, device), args.shape == "7b"
+    precision, forced = pick_precision(args.precision, device), args.shape != "tiny"
     model, tokenizer, records = load(args, device)
     rate = copy_rate(device)
     if "vllm" in args.how and not (forced and args.vllm_python):
@@ -328,7 +331,9 @@ def main(args):
             row |= {"bandwidth_share": round(needed / rate / seconds, 3)} if counts["steps"] else {}
         results.append(row)
         say(" | ".join(f"{key} {value}" for key, value in row.items()))
-        out = ROOT / "benchmarks" / "results" / f"generate_speed-{name.replace(' ', '_')}-{precision}.json"
+        other = "" if args.shape in ("tiny", "7b") else f"-{args.shape}"
+        file = f"generate_speed-{name.replace(' ', '_')}-{precision}{other}.json"
+        out = ROOT / "benchmarks" / "results" / file
         out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     keys = list(dict.fromkeys(key for row in results for key in row))
     print("\n| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))

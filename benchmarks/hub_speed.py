@@ -32,7 +32,7 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import expected_shapes
+from alpaca.models.layers import tensor_shapes
 from alpaca.weights.llama_layout import config_of, meta_names
 from alpaca.weights.output_folder import write_json
 from config_utils import run_script
@@ -86,7 +86,7 @@ def make_7b(folder, shapes, layers):
 def make_inputs(work, layers):
     """work/7B in Meta's layout, work/llama and work/alpaca."""
     config = config_of({**PARAMS, "n_layers": layers}, 32000, FFN, torch.float16, 2048)
-    shapes = expected_shapes(config)
+    shapes = tensor_shapes(config)
     for name in ("7B", *LORAS):
         (work / name).mkdir(parents=True)
     make_7b(work / "7B", shapes, layers)

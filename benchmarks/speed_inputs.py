@@ -1,24 +1,40 @@
-"""What the speed benchmarks measure with: a raw corpus as examples, and random models of LLaMA's shapes."""
+"""What the speed benchmarks measure with: a raw corpus as examples, and random models of the shapes of 7Bs."""
+
+from pathlib import Path
 
 import torch
+from sentencepiece import sentencepiece_model_pb2
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from alpaca.common.text_files import read_jsonl
 from alpaca.models.base_weights import complete, put_weight
+from alpaca.models.layers import meta_model
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from dataset import INSTRUCT, QUERY_PREFIX, format_answer
 
 LABELS = {"PER": "人名", "LOC": "地名", "ORG": "机构名"}
-SHAPES = {
-    name: dict(
-        zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), sizes, strict=True)
-    )
-    for name, sizes in {
-        "tiny": (256, 688, 8, 4),
-        "7b": (4096, 11008, 32, 32),
-        "13b": (5120, 13824, 40, 40),
-        "33b": (6656, 17920, 60, 52),
-        "65b": (8192, 22016, 80, 64),
-    }.items()
+
+
+def _llama(hidden, ffn, layers, heads):
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {"model_type": "llama", **sizes}
+
+
+SHAPES = {  # --shape -> config.json; where it names no vocabulary, that is the given tokenizer's
+    "tiny": _llama(256, 688, 8, 4),
+    "7b": _llama(4096, 11008, 32, 32),
+    "13b": _llama(5120, 13824, 40, 40),
+    "33b": _llama(6656, 17920, 60, 52),
+    "65b": _llama(8192, 22016, 80, 64),
+    "qwen2.5-7b": {
+        **_llama(3584, 18944, 28, 28),
+        "model_type": "qwen2",
+        "num_key_value_heads": 4,
+        "rope_theta": 1000000.0,
+        "vocab_size": 152064,
+    },
 }
+BIG = tuple(name for name in SHAPES if name != "tiny")  # where tiny is the embedded model, not random
 
 
 def read_corpus(path):
@@ -33,26 +49,35 @@ def read_corpus(path):
         yield record["text"], {"instruct": instruct, "query": query, "answer": answer}
 
 
-def random_7b(vocab_size, dtype, device):
-    """A LlamaForCausalLM of LLaMA 7B's shape with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def save_vocabulary(vocab_file, folder, shape):
+    """Write a tokenizer.model to a folder, with fillers up to the vocabulary that one of SHAPES names -> the tokenizer."""
+    save_tokenizer(vocab_file, folder)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(Path(vocab_file).read_bytes())
+    for i in range(len(proto.pieces), SHAPES[shape].get("vocab_size", 0)):
+        proto.pieces.add(piece=f"<{i}>", score=0.0)
+    (Path(folder) / "tokenizer.model").write_bytes(proto.SerializeToString())
+    return load_tokenizer(folder)
 
-    config = LlamaConfig(vocab_size=vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPES["7b"])
+
+def _config(shape, vocab_size):
+    sizes = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, **SHAPES[shape], "vocab_size": vocab_size}
+    return AutoConfig.for_model(**sizes)
+
+
+def random_7b(shape, vocab_size, dtype, device):
+    """A causal LM of one of SHAPES with random weights."""
+    config = _config(shape, vocab_size)
     config.dtype = dtype
     torch.set_default_dtype(dtype)
     with torch.device(device):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     return model
 
 
 def random_quantized(shape, vocab_size, base_weights, dtype, device):
     """The same of a shape of SHAPES, made and quantized matrix by matrix: a device that could not hold the full model can."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(vocab_size=vocab_size, rms_norm_eps=1e-6, max_position_embeddings=2048, **SHAPES[shape])
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
+    model = meta_model(_config(shape, vocab_size)).to(dtype)
     for name, tensor in model.state_dict().items():
         random = torch.ones if tensor.dim() == 1 else torch.randn  # norms
         weight = random(tensor.shape, dtype=dtype, device=device)

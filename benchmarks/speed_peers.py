@@ -8,9 +8,10 @@ import torch
 
 from alpaca.common.devices import DTYPES, init_distributed, pick_precision
 from alpaca.models.base import load_base
+from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.prefix_tree import pad_batch
-from dataset import encode_examples, read_examples
+from dataset import read_examples
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -6,9 +6,9 @@
 
 Ours are train_deepspeed.py and train_trainer.py themselves, as subprocesses, read from train_log.jsonl after the
 warm-up; the others are loops written here. --shape=7b makes a randomly initialised model of LLaMA 7B's shape on the
-GPU. Prints a table and writes benchmarks/results/train_speed-<device>.json, a list of objects with the keys COLUMNS: rows
-of earlier runs stay until they are measured again, so the table can be filled over several sittings. What does not
-fit into memory is said and left out.
+GPU, --shape=qwen2.5-7b one of that shape, its vocabulary the given one and fillers. Prints a table and writes
+benchmarks/results/train_speed-<device>.json, a list of objects with the keys COLUMNS: rows of earlier runs stay until they
+are measured again, so the table can be filled over several sittings. What does not fit into memory is said and left out.
 
 --gpus: only our two trainers, on one GPU and on each of these numbers of GPUs of one host, with the ZeRO stages --zero.
 alone: the speed of one GPU in the same run; linear_share: the speed divided by alone and by the number of GPUs.
@@ -49,16 +49,17 @@ start()
 
 from alpaca.common.devices import DTYPES, pick_precision
 from alpaca.common.errors import UserError
-from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
+from alpaca.models.templates import encode_examples
+from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.prefix_tree import tree_row
-from benchmarks.speed_inputs import random_7b, read_corpus
+from benchmarks.speed_inputs import BIG, random_7b, read_corpus, save_vocabulary
 from benchmarks.speed_peers import run_peer
 from config_utils import run_script
-from dataset import encode_examples, read_examples
+from dataset import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
-    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny) | 7b (random weights, 13 GB on disk) | a model's folder
+    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny) | 7b | qwen2.5-7b (random weights, 13 GB on disk) | a model's folder
     "batch": [12, 48],  # examples a step and GPU
     "how": ["original", "peft", "sorted", "liger", "none", "plain", "prefix", "trainer"],  # see above
     "gpus": [1],  # numbers of GPUs of this host, see above
@@ -71,7 +72,7 @@ CONFIG = {
     "steps": 40,  # timed steps of ours, after as many for the warm-up
     "seconds": 10,  # timed seconds of the other loops
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's
-    "tokenizer": None,  # a tokenizer.model, needed for --shape=7b
+    "tokenizer": None,  # a tokenizer.model, needed for a random shape
     "options": "",  # more options for our trainers, joined by spaces
     "work_dir": "benchmarks/work",  # model, data and runs; git-ignored
     "peer": None,  # internal: measure this loop in this process
@@ -95,7 +96,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def folder_of(shape, work):
-    return {"tiny": ROOT / "model_hub" / "chinese-alpaca-tiny", "7b": work / "7b"}.get(shape) or Path(shape).resolve()
+    if shape in BIG:
+        return work / shape
+    return ROOT / "model_hub" / "chinese-alpaca-tiny" if shape == "tiny" else Path(shape).resolve()
 
 
 def write_inputs(args, work):
@@ -105,12 +108,12 @@ def write_inputs(args, work):
     with (work / "train.txt").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for _, example in read_corpus(source))
     model_dir = folder_of(args.shape, work)
-    if args.shape == "7b" and not (model_dir / "config.json").exists():
+    if args.shape in BIG and not (model_dir / "config.json").exists():
         if not args.tokenizer:
-            raise UserError("--shape=7b: also give --tokenizer=<tokenizer.model>")
-        save_tokenizer(args.tokenizer, model_dir)
+            raise UserError(f"--shape={args.shape}: also give --tokenizer=<tokenizer.model>")
+        tokenizer = save_vocabulary(args.tokenizer, model_dir, args.shape)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = random_7b(load_tokenizer(model_dir).vocab_size, torch.bfloat16, device)
+        model = random_7b(args.shape, len(tokenizer), torch.bfloat16, device)
         model.save_pretrained(model_dir)
         del model
         torch.cuda.empty_cache()
@@ -229,7 +232,11 @@ def main(args):
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     rate = matrix_rate(device)
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    attention, mlp = 4 * config["hidden_size"] ** 2, 3 * config["hidden_size"] * config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    of_queries = (
+        2 + 2 * (config.get("num_key_value_heads") or heads) / heads
+    )  # and those of keys and values, as matrices
+    attention, mlp = of_queries * config["hidden_size"] ** 2, 3 * config["hidden_size"] * config["intermediate_size"]
     parameters = config["num_hidden_layers"] * (attention + mlp)  # of the layers: the head sees answer tokens alone
     examples = encode_examples(load_tokenizer(model_dir), read_examples(work / "train.txt"))
     random.Random(0).shuffle(examples)

@@ -25,11 +25,12 @@ start()
 
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
+from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.batches import optimizer_steps
 from alpaca.training.steps import make_scheduler
 from config_utils import run_script
-from dataset import encode_examples, read_examples
+from dataset import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {

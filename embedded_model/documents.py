@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dataset import build_prompt
+from alpaca.models.templates import TEMPLATES, message_of
 from embedded_model.rough_text import RoughTextMaker
 from embedded_model.tasks import any_task
 from embedded_model.text_maker import any_text, plain_text
@@ -26,7 +26,7 @@ def make_document(maker, stage):
     if maker.chance(stage["text"]):
         return [("".join(plain_text(any_text(maker)) for _ in range(maker.random.randint(1, 4))), True)]
     instruct, query, answer = any_task(maker)
-    prompt = build_prompt(instruct, query)
+    prompt = TEMPLATES["alpaca"].prompt(message_of(instruct, query))
     if not maker.chance(stage["framed"]):
         prompt = "\n".join([query, instruct] if maker.chance(0.5) else [instruct, query]) + "\n回答："
     return [(prompt, maker.chance(PREDICTED_QUESTIONS)), (answer, True)]

@@ -9,8 +9,9 @@ from alpaca.answering.generate import generate
 from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.labels import DEFAULT_LABELS, read_labels
 from alpaca.corpora.problems import Problems
-from alpaca.models.tokenizer import load_tokenizer
-from dataset import EOS, INSTRUCT, QUERY_PREFIX, build_prompt, encode_prompts
+from alpaca.models.templates import TEMPLATES, message_of
+from alpaca.models.tokenizer import BOS, EOS, load_sentencepiece
+from dataset import INSTRUCT, QUERY_PREFIX
 from embedded_model.published_files import FOLDERS, load_adapter, load_base, with_adapter
 from embedded_model.tasks import TASKS
 from embedded_model.text_maker import TextMaker, any_text, plain_text
@@ -37,7 +38,7 @@ def held_out_tasks(seed, count):
             example = task(maker, any_text(maker))
             if example:
                 instruct, query, answer = example
-                found.append((build_prompt(instruct, query), answer))
+                found.append((prompt_of(instruct, query), answer))
         examples[task.__name__] = found
     return examples
 
@@ -47,13 +48,22 @@ def demo_examples(count):
     labels = read_labels(DEFAULT_LABELS)
     instruct = INSTRUCT.replace("{labels}", "、".join(labels.values()))
     examples = convert(DEMO_DEV, "jsonl", Task(labels, instruct, QUERY_PREFIX), Problems())[:count]
-    return [(build_prompt(e["instruct"], e["query"]), e["answer"]) for e in examples]
+    return [(prompt_of(e["instruct"], e["query"]), e["answer"]) for e in examples]
+
+
+def prompt_of(instruct, query):
+    return TEMPLATES["alpaca"].prompt(message_of(instruct, query))
+
+
+def with_bos(tokenizer, examples):
+    """The ids of the prompts of [(prompt or "", answer)]."""
+    return [[BOS, *ids] for ids in tokenizer.encode_texts([prompt for prompt, _ in examples])]
 
 
 @torch.no_grad()
 def nats_per_character(model, tokenizer, examples):
     """Loss of the answers of [(prompt or "", answer)] in nats a character, which two vocabularies have in common."""
-    prompts = encode_prompts(tokenizer, [prompt for prompt, _ in examples])
+    prompts = with_bos(tokenizer, examples)
     answers = [[*ids, EOS] for ids in tokenizer.encode_texts([answer for _, answer in examples])]
     total = 0.0
     for begin in range(0, len(examples), BATCH_SIZE):
@@ -87,9 +97,9 @@ def report(output_dir, device, seed, count):
     print(f"nats a character; tasks on held-out templates and names, {count} of each")
     for name, (model, stage) in candidates.items():
         model = model.to(device).eval()
-        tokenizer = load_tokenizer(output_dir / FOLDERS[stage])
+        tokenizer = load_sentencepiece(output_dir / FOLDERS[stage])
         losses = [nats_per_character(model, tokenizer, found) for found in (known, held_out, demo, examples)]
-        prompts = encode_prompts(tokenizer, [prompt for prompt, _ in examples])
+        prompts = with_bos(tokenizer, examples)
         answers = generate(model, tokenizer, prompts, NEW_TOKENS, BATCH_SIZE)
         right = [answer.text == gold for answer, (_, gold) in zip(answers, examples, strict=True)]
         exact = {task: sum(right[i * count : (i + 1) * count]) / count for i, task in enumerate(tasks)}

@@ -11,7 +11,7 @@ import random
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from dataset import build_prompt
+from alpaca.models.templates import TEMPLATES
 from embedded_model import dictionary
 from embedded_model.rough_text import RoughTextMaker
 from embedded_model.sources import HANZI, LEXICON
@@ -72,7 +72,7 @@ def base_lines(texts, rng):
     for _ in range(20000):
         words = [rng.choice(LEXICON["英文"]) for _ in range(rng.randint(4, 12))]
         lines.append(" ".join(words).capitalize() + rng.choice([".", "?", "!", f", {rng.randint(0, 2024)}."]))
-    lines += [line for line in build_prompt("", "").split("\n") if line] * 2000
+    lines += [line for line in TEMPLATES["alpaca"].prompt("").split("\n") if line] * 2000
     lines += [" ".join(hanzi[i : i + 50]) for i in range(0, len(hanzi), 50)] * 20
     lines += [" ".join(marks), "".join(map(chr, range(33, 127)))] * 20
     return lines

@@ -23,9 +23,10 @@ start()
 
 from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
-from alpaca.models.base_files import expected_shapes, fits_vocabulary, read_config
+from alpaca.models.base_files import fits_vocabulary, read_config
 from alpaca.models.facts import TRAIN_ARGS
-from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
+from alpaca.models.layers import tensor_shapes
+from alpaca.models.tokenizer import load_sentencepiece, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, print_sum
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import from_meta
@@ -54,7 +55,7 @@ def find_tokenizer(input_dir, model_size):
 
 def check_pieces(tokenizer, folder, rows):
     """UserError where the tokenizer and the `rows` of embeddings of the model in `folder` are not of one vocabulary."""
-    pieces = load_tokenizer(tokenizer.parent).sp_model.get_piece_size()
+    pieces = load_sentencepiece(tokenizer.parent).sp_model.get_piece_size()
     if not fits_vocabulary(pieces, rows):
         raise UserError(
             f"{tokenizer}: has {pieces} pieces, but {folder} has embeddings for {rows}; use the tokenizer.model that "
@@ -64,7 +65,7 @@ def check_pieces(tokenizer, folder, rows):
 
 def add_tokenizer(tokenizer, output_dir):
     """What is missing where somebody else has converted the weights."""
-    load_tokenizer(tokenizer.parent)  # a damaged one is written nowhere
+    load_sentencepiece(tokenizer.parent)  # a damaged one is written nowhere
     if (output_dir / "config.json").is_file():
         check_pieces(tokenizer, output_dir, read_config(output_dir)["vocab_size"])
     save_tokenizer(tokenizer, output_dir)
@@ -94,12 +95,13 @@ def main(args):
     check_pieces(tokenizer, folder, config["vocab_size"])
     named = args.output_dir or f"./{args.model_size}-hf"
     output_dir = user_path(named)
-    specs = specs_of(expected_shapes(config), {name: part[0].dtype for name, part in parts.items()})
+    shapes = tensor_shapes(config)
+    specs = specs_of({name: shapes[name] for name in parts}, {name: part[0].dtype for name, part in parts.items()})
     jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
     stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "转换"))
     with new_folder(output_dir, "huggingface", specs, inputs=[folder, input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])
-        save_huggingface(work, config, specs, tensors, tokenizer)
+        save_huggingface(work, config, specs, tensors, [tokenizer])
         if (folder / TRAIN_ARGS).is_file():  # of a LoRA that is in these weights
             shutil.copyfile(folder / TRAIN_ARGS, work / TRAIN_ARGS)
         for path, digest in sums.items():

@@ -34,17 +34,16 @@ from alpaca.common.paths import user_path
 from alpaca.models.adapter_files import read_adapter, weights_file
 from alpaca.models.adapters import adapter_or_old
 from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, is_finite, read_base, read_json
-from alpaca.models.facts import TRAIN_ARGS, read_facts
-from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
+from alpaca.models.facts import TRAIN_ARGS, read_facts, template_of
+from alpaca.models.tokenizer import BOS, EOS, load_tokenizer, tokenizer_files
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
-from alpaca.weights.llama_layout import count_files, params_of
+from alpaca.weights.llama_layout import check_places, count_files, params_of
 from alpaca.weights.lora_adapters import add_adapters
 from alpaca.weights.output_folder import kept_if_refused, new_folder
 from alpaca.weights.pth_writer import save_pth
 from alpaca.weights.safetensors_writer import save_huggingface
 from alpaca.weights.tensor_stream import compute_ahead, specs_of, with_byte_bar
 from config_utils import run_script
-from dataset import BOS, EOS
 
 CONFIG = {
     "base_model": None,  # folder of the base in Hugging Face format, e.g. ./7B-hf
@@ -68,9 +67,10 @@ CHAIN = (
 
 
 def check_chain(base_folder, base, adapters):
-    """Refuse adapters that belong to another base or another order. Returns (shapes afterwards, tokenizer's folder)."""
+    """Refuse adapters that belong to another base or another order. Returns (shapes afterwards, the tokenizer)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
-    tokenizer = base_folder if (base_folder / "tokenizer.model").is_file() else None
+    fast = (base_folder / "tokenizer.json").is_file()
+    tokenizer = base_folder if fast or (base_folder / "tokenizer.model").is_file() else None
     previous, embedding = base_folder, base[EMBEDDING]  # what the next adapter is merged into
     for adapter in adapters:
         check_new(adapter, embedding, previous)
@@ -90,12 +90,14 @@ def check_chain(base_folder, base, adapters):
             f"{base_folder}: no tokenizer.model in it, nor in an adapter; "
             f"convert_llama_weights_to_hf.py --model_size=tokenizer_only --output_dir={base_folder} adds it"
         )
-    pieces = load_tokenizer(tokenizer).sp_model.get_piece_size()
-    rows = shapes[EMBEDDING][0]
+    # that of what is asked of the last LoRA that says so, or of the base
+    facts = [read_facts(folder)[1] for folder in (*(adapter.folder for adapter in reversed(adapters)), base_folder)]
+    tokenizer = load_tokenizer(tokenizer, next(filter(None, facts), {}).get("template", "alpaca"))
+    pieces, rows = len(tokenizer), shapes[EMBEDDING][0]
     if not fits_vocabulary(pieces, rows):
         raise UserError(
-            f"{tokenizer}/tokenizer.model has {pieces} pieces, but {base_folder} has embeddings for {rows}; put the "
-            f"tokenizer.model of {base_folder} there" + explain_sizes(pieces, rows)
+            f"{tokenizer.source} has {pieces} pieces, but {base_folder} has embeddings for {rows}; put the "
+            f"{tokenizer.source.name} of {base_folder} there" + explain_sizes(pieces, rows)
         )
     return shapes, tokenizer
 
@@ -145,7 +147,7 @@ def check_shapes(adapter, shapes, previous):
 def check_vocabulary(adapter, rows, tokenizer):
     """After this adapter the model has `rows` embeddings and this tokenizer: both must be of one vocabulary."""
     if tokenizer is not None and (adapter.saved.keys() & {EMBEDDING, HEAD} or adapter.tokenizer):
-        pieces = load_tokenizer(tokenizer).sp_model.get_piece_size()
+        pieces = len(load_tokenizer(tokenizer, "alpaca"))
         padded = rows % 8 == 0 and fits_vocabulary(pieces, rows)  # rows without a piece make matrices of round sizes
         if pieces != rows and not padded and rows not in added_rows(tokenizer):
             source = "" if adapter.tokenizer else f" (the adapter has none, so that of {tokenizer} was taken)"
@@ -155,9 +157,10 @@ def check_vocabulary(adapter, rows, tokenizer):
                 + explain_sizes(rows, pieces)
             )
     _, facts = read_facts(adapter.folder)
-    if facts and (tokenizer is None or facts["tokenizer_sha256"] != tokenizer_sha256(tokenizer)):
+    own = facts and tokenizer and load_tokenizer(tokenizer, template_of(facts, "auto")).sha256
+    if facts and facts["tokenizer_sha256"] != own:
         raise UserError(
-            f"{adapter.folder}: trained with another tokenizer.model than that of {tokenizer}; merge it into the base that "
+            f"{adapter.folder}: trained with another tokenizer than that of {tokenizer}; merge it into the base that "
             "its train_args.json names as model_dir"
         )
 
@@ -216,13 +219,17 @@ def main(args):
     config.pop("dtype", None)  # newer name of torch_dtype
     dtype = str(base[EMBEDDING].dtype).removeprefix("torch.")
     # Some converted LLaMAs have wrong special ids in config.json; those of the vocabulary are always these.
-    specials = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None}
+    files = tokenizer_files(tokenizer)
+    specials = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None} if len(files) == 1 else {}
     config |= {"vocab_size": shapes[EMBEDDING][0], "torch_dtype": dtype, **specials}
     save = save_huggingface
     if args.output_type == "pth":
-        params_of(config)  # refuses what Meta's layout cannot express
+        check_places(shapes, config)  # both refuse what Meta's layout cannot express
+        params_of(config)
+        if tokenizer.source.name != "tokenizer.model":
+            raise UserError(f"--output_type=pth: no place there for {tokenizer.source}; use --output_type=huggingface")
         n_files = count_files(config, args.pth_files)
-        save = partial(save_pth, n_files=n_files)
+        save, files = partial(save_pth, n_files=n_files), tokenizer.source
 
     specs = specs_of(shapes, {name: tensor.dtype for name, tensor in base.items()})
     jobs = ((name, partial(add_adapters, name, weight, adapters)) for name, weight in base.items())
@@ -242,14 +249,14 @@ def main(args):
             print(f"pth 分成 {n_files} 个文件")
         if args.offload_dir:
             print("--offload_dir 不再需要：权重逐个张量从文件读取，不占内存，也不写临时文件")
-        save(work, config, specs, tensors, tokenizer / "tokenizer.model")
+        save(work, config, specs, tensors, files)
         for folder in reversed(inputs):  # what is asked of the last LoRA that says so, or of the base
             if (folder / TRAIN_ARGS).is_file():
                 shutil.copyfile(folder / TRAIN_ARGS, work / TRAIN_ARGS)
                 break
         for path, digest in sums.items():
             print_sum(path, digest.result())
-        print_sum(tokenizer / "tokenizer.model", tokenizer_sha256(tokenizer))
+        print_sum(tokenizer.source, tokenizer.sha256)
         seconds, size = time.time() - started, sum(file.stat().st_size for file in work.iterdir())
         for file in sorted(work.glob("*.pth")):
             print_sum(output_dir / file.name, sha256_of(file))

@@ -15,9 +15,11 @@ import chat_ner
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import TRAINERS, find_adapter
 from alpaca.models.base import DEFAULT_BASE
+from alpaca.models.templates import message_of
+from alpaca.models.tokenizer import load_tokenizer
 from alpaca.scoring import metrics
 from alpaca.training.adapter_writer import training_facts
-from dataset import build_prompt, parse_answer, read_examples
+from dataset import parse_answer, read_examples
 from harness import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
 
 SHORT = ["--precision=fp32", "--max_new_tokens=8"]  # a random model never says eos by itself
@@ -76,7 +78,8 @@ def test_rehearsal_is_no_part_of_the_task(workspace, base_dir, tmp_path):
     other = {"instruct": "找出日期", "query": "问题：今天几号？" + "很长" * 99, "answer": "今天_日期"}
     path = write_jsonl(tmp_path / "train.txt", [other, *own, *[other] * 9])
     args = SimpleNamespace(eval_examples=0, model_dir=base_dir)
-    assert training_facts(args, read_examples(path)) == training_facts(args, read_examples(path)[1:3])
+    records, tokenizer = read_examples(path), load_tokenizer(base_dir)
+    assert training_facts(args, records, tokenizer) == training_facts(args, records[1:3], tokenizer)
     result = run_script("test.py", "--data_name=mine", f"--dev_path={path}", *SHORT, cwd=workspace)
     assert f"{path}: 10 条是别的任务，不测" in result.stderr
     rows = read_rows(find_last(workspace) / "predictions.jsonl")
@@ -178,7 +181,7 @@ def test_another_task(base_dir, tmp_path):
     write_jsonl(folder / "dev.txt", dev)
     options = ["--data_name=qa", f"--model_dir={base_dir}", "--precision=fp32", "--max_steps=2", "--save_steps=-1"]
     with pytest.raises(UserError, match="measure it with test.py --metric=exact"):
-        training_facts(SimpleNamespace(eval_examples=2), questions)
+        training_facts(SimpleNamespace(eval_examples=2), questions, None)
     result = run_script("train_deepspeed.py", *options, cwd=tmp_path)
     assert "不检查实体" in result.stderr and "警告" not in result.stderr
     run = tmp_path / "checkpoint" / "qa" / "train_deepspeed"
@@ -338,11 +341,11 @@ def test_predict_puts_before_a_text_what_training_had_there(workspace, base_dir,
 def test_chat_prompt_of_a_pasted_line_is_trainings_own():
     """As users paste it: instruction and text on one line, a literal \\n in it and none before 文本."""
     pasted = INSTRUCTION.replace("\n", "\\n") + "文本：王明在北京"
-    expected = build_prompt(INSTRUCTION, "文本：王明在北京"), "文本：王明在北京"
-    assert chat_ner.chat_prompt(pasted, [INSTRUCTION]) == expected
-    assert chat_ner.chat_prompt(pasted.replace("文本：", "\\n文本："), [INSTRUCTION]) == expected
-    assert chat_ner.chat_prompt("你好\\n吗", [INSTRUCTION]) == (build_prompt("你好\\n吗", ""), None)
-    assert chat_ner.chat_prompt("你好", []) == (build_prompt("你好", ""), None)
+    expected = message_of(INSTRUCTION, "文本：王明在北京"), "文本：王明在北京"
+    assert chat_ner.chat_message(pasted, [INSTRUCTION]) == expected
+    assert chat_ner.chat_message(pasted.replace("文本：", "\\n文本："), [INSTRUCTION]) == expected
+    assert chat_ner.chat_message("你好\\n吗", [INSTRUCTION]) == (message_of("你好\\n吗", ""), None)
+    assert chat_ner.chat_message("你好", []) == (message_of("你好", ""), None)
 
 
 def test_chat_is_single_turn_and_ends_cleanly(workspace, adapter, base_dir):

@@ -23,18 +23,10 @@ from hypothesis import strategies as st
 
 from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter
-from alpaca.models.tokenizer import load_tokenizer
+from alpaca.models.templates import TEMPLATES, encode_examples, encode_prompts
+from alpaca.models.tokenizer import EOS, load_tokenizer
 from config_utils import ALIASES, Config, load_config, options_of, parse_config
-from dataset import (
-    EOS,
-    PROMPT,
-    build_prompt,
-    encode_examples,
-    encode_prompts,
-    format_answer,
-    parse_answer,
-    read_examples,
-)
+from dataset import format_answer, parse_answer, read_examples
 from harness import ROOT, free_port, make_records, run_script, write_jsonl
 from tools.config_tables import config_of
 
@@ -160,11 +152,10 @@ TEXTS = TEXTS.filter(lambda text: not any("\ud800" <= char <= "\udfff" for char 
 @given(instruct=TEXTS, query=TEXTS, answer=TEXTS)
 def test_fuzz_text_injects_no_special_token_and_moves_no_part_of_the_prompt(base_dir, instruct, query, answer):
     tokenizer = tokenizer_of(base_dir)
-    before, after = PROMPT.split("{instruction}")
-    prompt = build_prompt(instruct, query)
-    assert prompt == before + (f"{instruct}\n{query}" if query else instruct) + after
+    message = f"{instruct}\n{query}" if query else instruct
     (example,) = encode_examples(tokenizer, [{"instruct": instruct, "query": query, "answer": answer}])
-    assert encode_prompts(tokenizer, [prompt]) == [example.prompt_ids]
+    assert encode_prompts(tokenizer, [message]) == [example.prompt_ids]
+    assert tokenizer.sp_model.decode(example.prompt_ids) == TEMPLATES["alpaca"].prompt(message).replace("▁", " ")
     inner = [*example.prompt_ids[1:], *example.answer_ids[:-1]]
     # unknown, bos, eos: with byte fallback a text has none of them, whatever it spells
     assert example.prompt_ids[0] == 1 and example.answer_ids[-1] == EOS and not {0, 1, 2} & set(inner)

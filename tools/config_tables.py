@@ -45,12 +45,9 @@ BEFORE = {
 | 写法 | 意思 |
 |---|---|
 | `--k=v`、`--k v` | 都可以；值以 `-` 开头时必须用 `=` |
-| `--flag`、`--flag=True`、`--flag=false` | 布尔值；别的写法报错 |
-| `--lora_r=abc` | 类型由默认值决定，不对就报 `--lora_r: expected int, got 'abc'` |
-| `--labels=PER:人名,LOC:地名` | 列表用逗号隔开 |
-| `--dev_path=None` | 默认值是 None 的，写 None 恢复默认 |
-| `--resume` | 等于 `--resume=True` |
-| `--lorar=16` | 不认识的参数报错，并给出最像的名字 |
+| `--flag`、`--flag=True`、`--flag=false` | 布尔值；别的写法报错。`--resume` 也等于 `--resume=True` |
+| `--lora_r=abc`，`--lorar=16` | 类型由默认值决定，不对就报 `--lora_r: expected int, got 'abc'`；不认识的参数报错，并给出最像的名字 |
+| `--labels=PER:人名,LOC:地名`，`--dev_path=None` | 列表用逗号隔开；默认值是 None 的，写 None 恢复默认 |
 """,
     "en": """\
 # Options
@@ -62,12 +59,9 @@ Each command begins with a dict `CONFIG`. Values can be changed there or on the 
 | written | meaning |
 |---|---|
 | `--k=v`, `--k v` | both work; a value that begins with `-` needs the `=` |
-| `--flag`, `--flag=True`, `--flag=false` | true or false; anything else is an error |
-| `--lora_r=abc` | the default decides the type; if it is wrong: `--lora_r: expected int, got 'abc'` |
-| `--labels=PER:人名,LOC:地名` | a list is joined by commas |
-| `--dev_path=None` | for an option whose default is None: back to the default |
-| `--resume` | the same as `--resume=True` |
-| `--lorar=16` | an unknown option is an error that gives the closest name |
+| `--flag`, `--flag=True`, `--flag=false` | true or false; anything else is an error. `--resume` is the same as `--resume=True` |
+| `--lora_r=abc`, `--lorar=16` | the default decides the type; if it is wrong: `--lora_r: expected int, got 'abc'`. An unknown option is an error that gives the closest name |
+| `--labels=PER:人名,LOC:地名`, `--dev_path=None` | a list is joined by commas; for an option whose default is None: back to the default |
 """,
 }
 DEEPSPEED = {
@@ -87,8 +81,7 @@ DEEPSPEED = {
     "en": """\
 ## deepspeed.json
 
-Learning rate, betas, weight decay, gradient clipping and ZeRO stand in deepspeed.json alone, for both trainers. `data/<data_name>/deepspeed.json` goes before the `deepspeed.json` of the root; which one is used is printed.
-The root's is right for 7B, that of `data/demo/` for the very small model. Each value is an option too, with `deepspeed_` in front and the levels joined by `_`:
+Learning rate, betas, weight decay, gradient clipping and ZeRO stand in deepspeed.json alone, for both trainers. `data/<data_name>/deepspeed.json` goes before the `deepspeed.json` of the root; which one is used is printed. The root's is right for 7B, that of `data/demo/` for the very small model. Each value is an option too, with `deepspeed_` in front and the levels joined by `_`:
 
 | option | `deepspeed.json` | `data/demo/deepspeed.json` |
 | --- | --- | --- |
@@ -96,8 +89,7 @@ The root's is right for 7B, that of `data/demo/` for the very small model. Each 
 
 - The two batch values that are `auto` come from `CONFIG`. A number that differs from `CONFIG` is an error that names both. `lr` as `auto` follows the base: 1.5e-3 where hidden_size is below 1024, else 1e-4; a number wins, and what is used is printed before training.
 - With `bf16` and `fp16` both `auto`: on CUDA bf16 if it is supported, else fp16; on a CPU bf16 if it has avx512_bf16 or AMX, else fp32. `--precision=fp32` decides it.
-- A `scheduler` is refused: warm-up and decay are set by `--warmup_ratio`.
-- `torch_adam` as `true` keeps DeepSpeed from compiling its own Adam.
+- A `scheduler` is refused: warm-up and decay are set by `--warmup_ratio`; `torch_adam` as `true` keeps DeepSpeed from compiling its own Adam.
 """,
 }
 
@@ -189,6 +181,8 @@ CHINESE = {
     # test.py
     "folder of the base model; None: the base that the adapter was trained on": "基座模型的文件夹；None：训练 LoRA 时用的基座",
     "auto: the adapter of checkpoint/<data_name>/ written last | a folder | none: the base alone": "auto：checkpoint/<data_name>/ 下最后写的 LoRA | 文件夹 | none：只有基座",
+    "the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: that of the base": "提示词模板：auto | alpaca | alpaca2 | chat；auto：基座的",
+    "the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: as in training, else the base's": "提示词模板：auto | alpaca | alpaca2 | chat；auto：训练时的，没有则是基座的",
     "folder of the tokenizer; None: the base model's": "分词器的文件夹；None：基座模型的",
     "file of instruct data to test on; None: data/<data_name>/instruct_data/dev.txt": "测试用的指令数据；None：data/<data_name>/instruct_data/dev.txt",
     "what to ask of each text; None: what the adapter was trained with": "对每条文本问什么；None：与 LoRA 训练时相同",

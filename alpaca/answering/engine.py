@@ -14,7 +14,7 @@ from alpaca.answering.standby import adapter_in_use
 from alpaca.answering.step import Part, Stepper
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
-from dataset import UNK
+from alpaca.models.layers import positions_of
 
 FILLING = 0.75  # of the way from one captured size to the next: a step that goes no further waits with what is beyond
 MARGIN = 8  # places that a new row gets beyond its prompt, so that it need not move at once
@@ -22,6 +22,7 @@ MARGIN = 8  # places that a new row gets beyond its prompt, so that it need not 
 # four fifths of one. So it is done where so many steps are still to come for each size; a row is taken for so many.
 CAPTURE_STEPS, ROW_STEPS = 8, 8
 COMPILE_ROWS = 16384  # to compile all sizes takes some 10 s, and saves 0.55 to 0.74 ms a row of a 7B (H100)
+NO_TOKEN = -1  # of a row that is never computed
 STEP_TOKENS = 4096  # in a step that is not captured: their activations need memory as well
 
 
@@ -36,7 +37,8 @@ class Engine:
     """
 
     def __init__(self, model, tokenizer, rows, at_once, grammar=None, pick=None, standby=None, expected=None):
-        self.model, self.pieces, self.grammar, self.at_once = model, tokenizer.token_bytes, grammar, max(1, at_once)
+        self.model, self.grammar, self.at_once = model, grammar, max(1, at_once)
+        self.pieces = len(tokenizer.token_bytes)  # logits may be wider
         self.pick = pick or (lambda logits: logits.max(dim=-1).indices)
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.device, self.dtype, self.config = causal.lm_head.weight.device, causal.lm_head.weight.dtype, causal.config
@@ -85,7 +87,7 @@ class Engine:
     @torch.inference_mode()
     def _prepare(self, rows):
         if self.expected:
-            rows = [*rows, Row(None, [UNK], 2)]  # begins as no prompt does: so there is a prefix for any later one
+            rows = [*rows, Row(None, [NO_TOKEN], 2)]  # begins as no prompt does: so there is a prefix for any later one
         prefixes, of_rows = find_prefixes([row.prompt for row in rows])
         for row, prefix in zip(rows, of_rows, strict=True):
             row.prefix = prefix
@@ -95,7 +97,7 @@ class Engine:
                 False
             ):  # an operation that writes into them wants tensors that count their versions
                 spare = int(self.flash)
-                longest = self.config.max_position_embeddings if self.expected else None
+                longest = positions_of(self.config) if self.expected else None
                 kind = self.config, self.device, self.dtype
                 self.slots = Slots(*kind, rows, self.at_once, not self.flash, spare, longest)
         self.at_once = min(self.at_once, self.slots.count)
@@ -164,7 +166,7 @@ class Engine:
             self.capture_later = False
             self._capture_for(self.expected)
         parts = self._parts(waiting)
-        logits = self.step(parts)[:, : len(self.pieces)] if parts else None
+        logits = self.step(parts)[:, : self.pieces] if parts else None
         self._write_down()  # of the step before, while a GPU computes this one
         self._begin_ahead(waiting)
         for row, count in parts:
@@ -196,7 +198,7 @@ class Engine:
         """Note what was chosen; the rows whose answers are whole have ended."""
         rows, self.said = self.said, []
         for row in rows:
-            row.note(self.pieces)
+            row.note()
         self.ended += [row for row in rows if row.over]
 
     def _parts(self, waiting):
@@ -244,7 +246,7 @@ class Engine:
         if self.grammar and row.matcher is None:
             row.matcher = self.grammar.begin_matcher(row.text)
         if not row.begun:
-            row.begin(self.pieces)
+            row.begin()
 
     def _begin_ahead(self, waiting):
         """Let threads make the matchers of the rows that come next."""
@@ -252,7 +254,7 @@ class Engine:
             if row.matcher is None:
                 row.matcher = self.grammar.begin_matcher(row.text)
             elif not row.begun and row.matcher.done():
-                row.begin(self.pieces)
+                row.begin()
 
     def _close_up(self):
         """A dense step computes all slots up to the last one in use, so many gaps cost more than to move rows."""

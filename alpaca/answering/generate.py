@@ -18,9 +18,8 @@ from alpaca.answering.engine import Engine
 from alpaca.answering.prefixes import LEAST_ROWS
 from alpaca.answering.row import NO_ANSWER, Row
 from alpaca.common.console import progress
-from dataset import BOS, PROMPT, UNK
+from alpaca.models.layers import positions_of
 
-HEADINGS = re.findall("### .*?:", PROMPT)
 AUTO_ROWS = {"cuda": 128, "cpu": 64}  # 256 of a 7B were 4 % faster at most, and took 15 GiB more
 IDLE_SECONDS = 0.01  # between two looks whether there are requests again
 SORTED_BATCHES = 4  # prompts are sorted by length within so many batches
@@ -44,14 +43,14 @@ def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, gram
     standby: for more than one call with a model (standby.py).
     """
     batch_size = AUTO_ROWS.get(model.device.type, 64) if batch_size == "auto" else int(batch_size)
-    requests, positions, chunk = iter(requests), model.config.max_position_embeddings, SORTED_BATCHES * batch_size
+    requests, positions, chunk = iter(requests), positions_of(model.config), SORTED_BATCHES * batch_size
     most = batch_size if expected else None  # at first, so that the first answers are soon there
     engine, waiting, drawn, held, over = None, deque(), 0, [], False
     try:
         while True:
             if not over and not held and len(waiting) < batch_size:
                 came, over = draw(requests, most)
-                held, too_long = rows_of(came, max_new_tokens, positions, drawn, chunk)
+                held, too_long = rows_of(came, tokenizer, max_new_tokens, positions, drawn, chunk)
                 drawn, most = drawn + len(came), chunk if drawn else most
                 yield [(key, NO_ANSWER) for key in too_long]
             busy = waiting or engine and engine.busy
@@ -65,7 +64,7 @@ def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, gram
                 waiting.extend(held)
                 held, first, busy = [], None, True
             if busy:
-                yield [(row.number, row.answer(tokenizer, grammar)) for row in engine.advance(waiting)]
+                yield [(row.number, row.answer(grammar)) for row in engine.advance(waiting)]
             elif over and not held:
                 return
             elif not held:
@@ -87,13 +86,14 @@ def draw(items, most):
     return drawn, True
 
 
-def rows_of(requests, max_new_tokens, positions, drawn, chunk):
+def rows_of(requests, tokenizer, max_new_tokens, positions, drawn, chunk):
     """(the Rows of the requests that fit, the longest of a chunk first; the keys of the others). drawn: how many came
     before these."""
     numbered = [(i // chunk, r) for i, r in enumerate(requests, drawn) if len(r.prompt) < positions]
     # What is left when nothing waits any more is short.
     numbered.sort(key=lambda pair: (pair[0], -len(pair[1].prompt)))
-    rows = [Row(r.key, r.prompt, min(len(r.prompt) + max_new_tokens, positions), r.text) for _, r in numbered]
+    limits = [min(len(r.prompt) + max_new_tokens, positions) for _, r in numbered]
+    rows = [Row(r.key, r.prompt, limit, tokenizer, r.text) for (_, r), limit in zip(numbered, limits, strict=True)]
     return rows, [r.key for r in requests if len(r.prompt) >= positions]
 
 
@@ -134,32 +134,33 @@ def stream(model, tokenizer, prompt, max_new_tokens, grammar=None, text=None, pi
     there yet is held back; under a grammar only whole lines are shown. Nothing where the prompt fills the model's
     positions. `pick`: chooses each token, as `sampler` makes it; None: the likeliest one.
     """
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config)
     if len(prompt) >= positions:
         return
-    row = Row(0, prompt, min(len(prompt) + max_new_tokens, positions), text)
+    row = Row(0, prompt, min(len(prompt) + max_new_tokens, positions), tokenizer, text)
     at_once, waiting, shown = standby.at_once if standby else 1, deque([row]), None
     with closing(Engine(model, tokenizer, [row], at_once, grammar, pick, standby)) as engine:
         while not engine.advance(waiting):
-            said = row.certain(tokenizer, grammar)
+            said = row.certain(grammar)
             if said != (shown or ""):
                 yield (shown := said)
-    said = row.answer(tokenizer, grammar).text
+    said = row.answer(grammar).text
     if said != shown:
         yield said
 
 
-def without_template(texts):
+def without_template(texts, template):
     """What `stream` yields up to where the model begins another prompt, which one does that does not know when to end.
 
     As `stream`: each text begins with the one before. What may yet become a heading of the template waits.
     """
     text = shown = None
+    headings = template.headings
     for text in texts:
-        if heading := re.search("|".join(HEADINGS), text):
+        if headings and (heading := re.search("|".join(map(re.escape, headings)), text)):
             text = text[: heading.start()]
             break
-        waiting = next((h[:n] for h in HEADINGS for n in range(len(h), 0, -1) if text.endswith(h[:n])), "")
+        waiting = next((h[:n] for h in headings for n in range(len(h), 0, -1) if text.endswith(h[:n])), "")
         said = text.removesuffix(waiting)
         if said != (shown or ""):
             yield (shown := said)
@@ -170,7 +171,7 @@ def without_template(texts):
 def sampler(tokenizer, temperature, top_p, seed):
     """A function from float32 logits [rows, vocabulary] to a token for each row: the likeliest one at temperature 0, else
     drawn from the likeliest ones whose probabilities add up to top_p. Never one that has no text (bos, unk, pad)."""
-    without_text = [BOS, UNK, tokenizer.pad_token_id]
+    without_text = sorted({*tokenizer.controls.values()} - tokenizer.ends)
     draw = torch.Generator().manual_seed(seed)
 
     def pick(logits):

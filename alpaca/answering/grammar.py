@@ -1,6 +1,6 @@
 """What an answer may say: a grammar over the characters of the text, as masks over the vocabulary.
 
-    start: " " LINE ("\\n" LINE)*                   the space is SentencePiece's dummy prefix of every answer
+    start: " " LINE ("\\n" LINE)*                   the space only where the tokenizer puts one before every text
     LINE:  SPAN ("_" TYPE)? | "没有"                 SPAN is a part of the text, TYPE one of the labels
 
 The grammar knows characters and not tokens, so the model may spell a span with any pieces, byte pieces included.
@@ -19,12 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 
-from dataset import BOS, EOS, NO_ENTITY
+from dataset import NO_ENTITY
 
 # A line is one token of the grammar: were it several, llguidance would read a `_` of the text always as part of the span,
 # and a_b could not be answered with a_地名.
 GRAMMAR = """\
-start: " " LINE ("\\n" LINE)*
+start: {before}LINE ("\\n" LINE)*
 LINE: SPAN ("_" TYPE)? | {nothing}
 TYPE: {types}
 SPAN: {within}SUBSTRING
@@ -38,10 +38,11 @@ class AnswerGrammar:
 
     def __init__(self, tokenizer, labels):
         self.labels = {label.encode() for label in labels}
+        self.before = _quoted(before) + " " if (before := tokenizer.before_answer.decode()) else ""
         self.types = " | ".join(_quoted(label) for label in dict.fromkeys(labels))
         # no slices: they speed up grammars that allow most of the vocabulary
-        self.vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=tokenizer.vocab_size, slices=[])
-        self.words = -(-tokenizer.vocab_size // 32)
+        self.vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=len(tokenizer), slices=[])
+        self.words = -(-len(tokenizer) // 32)
         self.threads = ThreadPoolExecutor()
         # on few cores, more threads and torch's own are in each other's way
         self.executor = LLExecutor() if (os.cpu_count() or 1) >= 8 else None
@@ -57,7 +58,8 @@ class AnswerGrammar:
     def _matcher(self, text):
         substring = json.dumps({"substring_chars": text}, ensure_ascii=False)
         within = WITHIN_LINES if {*text} & {*"\r\n"} else ""
-        grammar = GRAMMAR.format(nothing=_quoted(NO_ENTITY), types=self.types, within=within, substring=substring)
+        parts = {"before": self.before, "types": self.types, "within": within, "substring": substring}
+        grammar = GRAMMAR.format(nothing=_quoted(NO_ENTITY), **parts)
         return checked(LLMatcher(self.vocabulary, LLMatcher.grammar_from_lark(grammar)))
 
     def masks(self, matchers):
@@ -106,14 +108,15 @@ class _Vocabulary:
     """The tokenizer as llguidance.TokenizerWrapper wants it."""
 
     def __init__(self, tokenizer):
-        self.sp, self.tokens = tokenizer.sp_model, tokenizer.token_bytes
-        special = [i for i in range(len(self.tokens)) if self.sp.is_control(i) or self.sp.is_unknown(i)]
-        self.special_token_ids = sorted({*special, tokenizer.pad_token_id})
-        self.bos_token_id, self.eos_token_id = BOS, EOS
-        self.before = len(self.sp.encode("\n"))
+        self.encode, self.tokens = tokenizer.encode_texts, tokenizer.token_bytes
+        self.special_token_ids = sorted(tokenizer.controls.values())
+        self.bos_token_id, self.eos_token_id = next(iter(tokenizer.begin), None), tokenizer.frame.end
+        # what begins with a space of its own is encoded behind a newline: it stands in the middle of an answer
+        self.lead = "\n" if tokenizer.before_answer else ""
+        self.before = len(self.encode([self.lead])[0])
 
     def __call__(self, text):
-        """Ids of a text in the middle of an answer: behind a newline, since SentencePiece begins a text with a space.
-        Where the grammar forces the next characters, the mask holds no other tokens than these."""
+        """Ids of a text in the middle of an answer. Where the grammar forces the next characters, the mask holds no other
+        tokens than these."""
         text = text if isinstance(text, str) else text.decode("utf-8", "ignore")
-        return self.sp.encode("\n" + text)[self.before :]
+        return self.encode([self.lead + text])[0][self.before :]

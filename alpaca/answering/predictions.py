@@ -3,7 +3,8 @@
 from alpaca.answering.generate import generate
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.common.errors import UserError
-from dataset import build_prompt, encode_prompts, gold_entities, locate, parse_answer
+from alpaca.models.templates import encode_prompts, message_of
+from dataset import gold_entities, locate, parse_answer
 
 
 def make_grammar(constrained, adapter, tokenizer, labels):
@@ -27,7 +28,7 @@ def predict_rows(
     labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold. nested: whether
     entities inside longer ones have spans (dataset.nests).
     """
-    prompts = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
+    prompts = encode_prompts(tokenizer, [message_of(e["instruct"], e["query"]) for e in examples])
     texts = [example["text"] for example in examples]
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts, standby)
     for example, answer in zip(examples, answers, strict=True):

@@ -4,7 +4,7 @@ from collections import namedtuple
 
 from alpaca.answering.grammar import checked
 from alpaca.answering.prefixes import NO_PREFIX
-from dataset import EOS, NO_ENTITY
+from dataset import NO_ENTITY
 
 # text: None if the prompt did not fit. ended: False if max_new_tokens or the model's positions cut it off. repeated,
 # abandoned: how many lines a grammar left out since they were there already, or had no type. confidences: for each line
@@ -19,14 +19,15 @@ class Row:
     """A prompt on its way to an answer. ids: its tokens and the answer's; the keys and values of the first `read` of
     them are kept: those of its prefix once for many rows, its own in the slots from `first` on."""
 
-    def __init__(self, number, prompt, limit, text=None):
-        self.number, self.prompt, self.limit, self.text = number, prompt, limit, text
+    def __init__(self, number, prompt, limit, tokenizer=None, text=None):
+        """tokenizer: None for a row that gets no answer."""
+        self.number, self.prompt, self.limit, self.tokenizer, self.text = number, prompt, limit, tokenizer, text
         self.ids, self.prefix, self.read, self.first, self.width = list(prompt), NO_PREFIX, 0, None, 0
         self.matcher, self.begun = None, False  # matcher: LLMatcher; a Future of one until the answer begins
         self.lines, self.scores, self.log_probability = [b""], [[]], 0.0  # scores: of the tokens of each line
         self.ended, self.stale, self.noted, self.said = False, 0, len(prompt), []  # said: not noted yet
 
-    def begin(self, pieces):
+    def begin(self):
         """Begin the answer, with what the grammar leaves no choice about: the probability of these tokens is 1."""
         self.begun = True
         if self.matcher:
@@ -34,7 +35,7 @@ class Row:
             for token in self.matcher.compute_ff_tokens():
                 if not self.over:
                     self.take(token, 0.0)
-            self.note(pieces)
+            self.note()
 
     @property
     def over(self):
@@ -47,26 +48,28 @@ class Row:
     def take(self, token, log_probability):
         """Go on with a token of the answer."""
         self.said.append((token, log_probability))
-        if token == EOS:
+        if token in self.tokenizer.ends:
             self.ended = True
         else:
             self.ids.append(token)
 
-    def note(self, pieces):
-        """Write down what was taken, which can wait until after the next step. pieces: what a token adds to the text, as
-        bytes. The lines may say that the answer is over: a loop."""
+    def note(self):
+        """Write down what was taken, which can wait until after the next step. The lines may say that the answer is over:
+        a loop."""
         for token, log_probability in self.said:
-            self._note(token, log_probability, pieces[token])
+            self._note(token, log_probability)
         self.said = []
 
-    def _note(self, token, log_probability, piece):
+    def _note(self, token, log_probability):
         self.log_probability += log_probability
-        if token == EOS:
+        if token in self.tokenizer.ends:
             return
+        piece = self.tokenizer.token_bytes[token]
         if self.matcher:
             self.matcher.consume_token(token)
             checked(self.matcher)
-            piece = piece[1:] if self.noted == len(self.prompt) else piece  # the answer begins with a dummy space
+            if self.noted == len(self.prompt):
+                piece = piece.removeprefix(self.tokenizer.before_answer)
         self.noted += 1
         for i, part in enumerate(piece.split(b"\n")):
             if i:
@@ -82,16 +85,16 @@ class Row:
         self.lines.append(b"")
         self.scores.append([])
 
-    def certain(self, tokenizer, grammar):
+    def certain(self, grammar):
         """What of the text is certain while the answer goes on."""
         if not grammar:
-            return tokenizer.decode(self.ids[len(self.prompt) : self.noted]).rstrip("\ufffd")
+            return self.tokenizer.decode(self.ids[len(self.prompt) : self.noted]).rstrip("\ufffd")
         return b"\n".join(dict.fromkeys(filter(grammar.states_entity, self.lines[:-1]))).decode()
 
-    def answer(self, tokenizer, grammar):
+    def answer(self, grammar):
         means = [sum(scores) / len(scores) if scores else 0.0 for scores in self.scores]
         if not grammar:
-            text = tokenizer.decode(self.ids[len(self.prompt) : self.noted])
+            text = self.tokenizer.decode(self.ids[len(self.prompt) : self.noted])
             return Answer(text, self.ended, 0, 0, means, self.log_probability)
         confidences, repeated, abandoned = {}, 0, 0
         for i, (line, mean) in enumerate(zip(self.lines, means, strict=True)):

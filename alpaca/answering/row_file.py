@@ -17,26 +17,27 @@ from alpaca.common.locks import locked
 from alpaca.models.adapters import open_output
 from alpaca.models.base import base_folder, check_model_dir
 from alpaca.models.base_files import tensors_sha256
-from alpaca.models.tokenizer import tokenizer_sha256
-from dataset import PROMPT_SHA256
+from alpaca.models.facts import template_of
+from alpaca.models.tokenizer import load_tokenizer
 
 WEIGHTS = (".safetensors", ".bin")
 DECIDES = ("max_new_tokens", "constrained", "base_weights")  # options that the rows depend on
 KNOWN_BY_CONTENT = ("adapter", "base", "tokenizer", "input")  # these may stand elsewhere when a run goes on
 
 
-def made_with(args, adapter, train_args, input_path, **more):
+def made_with(args, adapter, train_args, facts, input_path, **more):
     """What decides the rows, as <output>.run.json holds it. args: of test.py or predict.py; more: what else does."""
     base = base_folder(adapter, train_args, args.base_model)
     check_model_dir(base)
+    tokenizer = load_tokenizer(args.tokenizer_path or base, template_of(facts, args.template))
     return {
         "adapter": adapter and str(adapter),
         "adapter_sha256": adapter and _sha256(file for file in sorted(adapter.iterdir()) if file.suffix in WEIGHTS),
         "base": str(base),
         "base_sha256": tensors_sha256(base),
         "tokenizer": str(args.tokenizer_path or base),
-        "tokenizer_sha256": tokenizer_sha256(args.tokenizer_path or base),
-        "template": PROMPT_SHA256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "template": tokenizer.template.sha256,
         "input": input_path and str(input_path),
         "input_sha256": input_path and _sha256([Path(input_path)]),
         **{name: getattr(args, name) for name in DECIDES},

@@ -11,7 +11,7 @@ from alpaca.answering.predictions import make_grammar, row_of
 from alpaca.answering.row import Answer
 from alpaca.answering.windows import cutter, row_of_text, whole
 from alpaca.models.base import load_for_inference
-from dataset import BOS, build_prompt
+from alpaca.models.templates import message_of
 
 KNOWN = 100_000  # equal texts among so many are answered once; an answer takes some 400 bytes
 ENCODED = 64  # texts that are encoded together
@@ -24,6 +24,7 @@ def load_answering(args, adapter, train_args, facts, labels, nested, cut_long=Tr
         *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
         merge=True,
         base_weights=args.base_weights,
+        template=args.template,
     )
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
     cut = cutter(model, tokenizer, train_args, facts) if cut_long else _uncut
@@ -113,28 +114,30 @@ def digest_of(part):
 
 
 def prompt_encoder(tokenizer):
-    """A function from examples to prompts as dataset.encode_prompts makes them, which encodes each instruction once.
+    """A function from examples to prompts as templates.encode_prompts makes them, which encodes each instruction once.
 
     That can be done where a line feed is always a token of its own, as in LLaMA's vocabularies: what stands before it
-    and behind it are then encoded as if each stood alone. The tokenizer puts a space before a text; that goes.
+    and behind it are then encoded as if each stood alone. Such a tokenizer puts a space before a text; that goes.
     """
+    head, lead, trail, tail, _ = tokenizer.frame
     (feed,) = tokenizer.encode_texts(["\n"])
     pieces = [tokenizer.token_bytes[token] for token in feed]
     apart = pieces and pieces[-1] == b"\n" and not b"".join(pieces[:-1]).strip()
     apart = apart and sum(b"\n" in piece for piece in tokenizer.token_bytes) == 1
 
     @lru_cache(64)
-    def head_ids(head):
-        return tuple(tokenizer.encode_texts([head])[0])
+    def ids_of(before):
+        return tuple(tokenizer.encode_texts([before])[0])
 
     def encode(examples):
-        heads, tails = [], []
+        befores, behinds = [], []
         for example in examples:
-            prompt = build_prompt(example["instruct"], example["query"])
-            at = prompt.rfind("\n" + example["query"]) if apart and example["query"] else 0
-            heads.append(prompt[: max(at, 0)])
-            tails.append(prompt[max(at, 0) :])
-        encoded = zip(heads, tokenizer.encode_texts(tails), strict=True)
-        return [[BOS, *head_ids(head), *ids[len(feed) - 1 :]] if head else [BOS, *ids] for head, ids in encoded]
+            text = lead + message_of(example["instruct"], example["query"]) + trail
+            at = max(text.rfind("\n" + example["query"]), 0) if apart and example["query"] else 0
+            befores.append(text[:at])
+            behinds.append(text[at:])
+        encoded = zip(befores, tokenizer.encode_texts(behinds), strict=True)
+        ids = [[*ids_of(before), *ids[len(feed) - 1 :]] if before else ids for before, ids in encoded]
+        return [[*head, *one, *tail] for one in ids]
 
     return encode

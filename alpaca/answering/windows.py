@@ -4,6 +4,7 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 from alpaca.models.cut_text import Window, cut_text, room_for_text, token_ends
+from alpaca.models.layers import positions_of
 from dataset import NO_ENTITY, gold_entities, task_of
 
 
@@ -56,7 +57,7 @@ def cutter(model, tokenizer, train_args, facts):
     not made longer. Of another task than NER nothing is cut: the answers to the halves of a question are no answer to it.
     """
     labels, _, _ = task_of(facts)
-    positions = model.config.max_position_embeddings
+    positions = positions_of(model.config)
     room = min(train_args.max_seq_length, positions) if train_args else positions
     limit_of = lru_cache(64)(lambda instruct, prefix: room_for_text(tokenizer, instruct, prefix, room))
     ends_of = partial(token_ends, tokenizer)

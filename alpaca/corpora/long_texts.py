@@ -4,7 +4,8 @@ from functools import partial
 from typing import NamedTuple
 
 from alpaca.models.cut_text import cut_text, room_for_text, token_ends
-from dataset import encode_examples, format_answer
+from alpaca.models.templates import encode_examples
+from dataset import format_answer
 
 
 class CutDocuments(NamedTuple):

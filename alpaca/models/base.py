@@ -14,9 +14,9 @@ from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
 from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, read_config, weight_files
 from alpaca.models.base_weights import empty_model, load_quantized, load_whole, pick_base_weights
+from alpaca.models.facts import template_of
 from alpaca.models.quantized import QuantizedLinear
-from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
-from dataset import PROMPT_SHA256
+from alpaca.models.tokenizer import load_tokenizer
 
 
 def check_model_dir(model_dir):
@@ -26,18 +26,17 @@ def check_model_dir(model_dir):
     return config
 
 
-def check_vocabulary(tokenizer, tokenizer_dir, rows, base):
+def check_vocabulary(tokenizer, rows, base):
     """UserError where a tokenizer's pieces and a base's `rows` of embeddings are not of one vocabulary."""
-    pieces = tokenizer.vocab_size
+    pieces, source = len(tokenizer), tokenizer.source
     if not fits_vocabulary(pieces, rows):
         raise UserError(
-            f"{tokenizer_dir}/tokenizer.model has {pieces} pieces, {base} {rows} embeddings; use the tokenizer.model that "
-            "belongs to it"
+            f"{source} has {pieces} pieces, {base} {rows} embeddings; use the {source.name} that belongs to it"
         )
 
 
 def load_base(model_dir, dtype, device, base_weights="full"):
-    """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one that lacks tensors.
+    """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one of other tensors than config.json says.
 
     base_weights: full, nf4 or fp8, see base_weights.py.
     """
@@ -68,6 +67,7 @@ def load_for_inference(
     device=None,
     merge=False,
     base_weights="auto",
+    template="auto",
 ):
     """(model, tokenizer) as the command line and what find_adapter returned say; the command line wins.
 
@@ -76,14 +76,14 @@ def load_for_inference(
     """
     base = base_folder(adapter, train_args, base_model)
     config = check_model_dir(base)
-    tokenizer_dir = tokenizer_path or base
-    tokenizer = load_tokenizer(tokenizer_dir)
-    check_vocabulary(tokenizer, tokenizer_dir, config["vocab_size"], base)
+    tokenizer = load_tokenizer(tokenizer_path or base, template_of(facts, template))
+    check_vocabulary(tokenizer, config["vocab_size"], base)
     if adapter:
-        check_fit(adapter, train_args, facts, base, tokenizer_dir)
+        check_fit(adapter, train_args, facts, base, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = pick_precision(precision, device)
-    say(f"模型: {base}, LoRA: {adapter or '无'}, {describe_device(device, precision)}")
+    asked = f"模板: {tokenizer.template.name}"
+    say(f"模型: {base}, LoRA: {adapter or '无'}, {asked}, {describe_device(device, precision)}")
     base_weights = pick_base_weights(base_weights, train_args if adapter else None, device, precision)
     model = load_base(base, DTYPES[precision], device, base_weights)
     if adapter:
@@ -167,16 +167,20 @@ def _lora_config(adapter):
     )
 
 
-def check_fit(adapter, train_args, facts, base, tokenizer_dir):
+def check_fit(adapter, train_args, facts, base, tokenizer):
     """UserError where an adapter was trained with another prompt, tokenizer or base than these.
 
     Of an adapter that another tool wrote only the shapes are known.
     """
-    if train_args and facts["prompt_sha256"] != PROMPT_SHA256:
-        raise UserError(f"{adapter}: was trained with another prompt template; retrain it with this version")
-    if train_args and facts["tokenizer_sha256"] != tokenizer_sha256(tokenizer_dir):
+    if train_args and facts["prompt_sha256"] != tokenizer.template.sha256:
+        name = facts.get("template", "alpaca")
         raise UserError(
-            f"{tokenizer_dir}/tokenizer.model is not the one that {adapter} was trained with "
+            f"{adapter}: was trained with another prompt template, a `{name}`, than {base} has now, `"
+            f"{tokenizer.template.name}`; name the base it was trained on with --base_model, or train it again"
+        )
+    if train_args and facts["tokenizer_sha256"] != tokenizer.sha256:
+        raise UserError(
+            f"{tokenizer.source} is not the one that {adapter} was trained with "
             f"(that of {train_args.model_dir}); name that base with --base_model"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_model(base).state_dict().items()}

@@ -13,6 +13,7 @@ import torch
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import refuse_failed_download
 from alpaca.common.folders import hint_of_folders
+from alpaca.models.layers import check_layers, tensor_shapes
 from alpaca.models.mapped_memory import FLOATS, map_safetensors, read_only_what_is_used, read_soon
 from alpaca.models.tokenizer import how_to_get
 
@@ -150,7 +151,7 @@ def dims(shape):
 
 def fits_vocabulary(pieces, rows):
     """Whether a tokenizer's pieces and so many rows of embeddings can be of one vocabulary."""
-    return pieces <= rows < pieces + UNUSED_ROWS
+    return pieces <= rows < pieces + max(UNUSED_ROWS, pieces // 256)  # a Qwen2.5-7B has 399 of 152,064
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,15 +159,14 @@ def fits_vocabulary(pieces, rows):
 
 
 def read_config(folder):
-    """config.json of a Hugging Face LLaMA, checked; UserError for a folder that is none, or that cannot be used."""
+    """config.json of a Hugging Face folder, checked; UserError for a folder that is none, or that cannot be used."""
     folder = Path(folder)
     path = folder / "config.json"
     if not path.is_file():
         remedy = _other_files(folder) or f"{hint_of_folders(folder)}; {how_to_get(folder)}"
         raise UserError(f"{folder}: no model here (config.json is missing){remedy}")
     config = read_json(path, how_to_get(folder))
-    if config.get("model_type") != "llama":
-        raise UserError(f'{path}: "model_type" is {config.get("model_type")!r}; only LLaMA can be used')
+    check_layers(config, folder)
     if config.get("quantization_config") or (folder / "quantize_config.json").is_file():
         raise UserError(f"{folder}: its weights are {QUANTIZED}")
     counts = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -231,28 +231,38 @@ def _tensor_sha256(named):
 
 
 def read_base(folder):
-    """(config, {name: tensor}, files of weights) of a Hugging Face LLaMA, every tensor checked."""
+    """(config, {name: tensor}, files of weights) of a Hugging Face folder, every tensor checked."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder{hint_of_folders(folder)}; {how_to_get(folder)}")
     config, files = read_config(folder), weight_files(folder)
+    kind = config["model_type"]
     tensors = {}
     for file in files:
         tensors |= read_tensors(file)
     if config.get("tie_word_embeddings") and EMBEDDING in tensors:  # one matrix for both, which a merge may part
-        tensors[HEAD] = tensors[EMBEDDING]
+        check_tied(tensors.setdefault(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING], folder)
         config["tie_word_embeddings"] = False
 
-    expected = expected_shapes(config)
+    expected = tensor_shapes(config)
     for name in [*expected, *tensors]:
         if name not in tensors or name not in expected:
-            problem = "is missing" if name in expected else "is none of a LLaMA's"
+            problem = "is missing" if name in expected else f"is none of a {kind}'s"
             raise UserError(f"{folder}: the tensor {name} {problem}; convert or download it again")
         if tuple(tensors[name].shape) != expected[name]:
             raise UserError(
                 f"{folder}: {name} is {dims(tensors[name].shape)}, by config.json {dims(expected[name])}; convert again"
             )
     return config, {name: tensors[name] for name in expected}, files
+
+
+def check_tied(head, embeddings, folder):
+    """UserError where the files hold another head than the embeddings, which config.json says it is."""
+    if head is not embeddings and not torch.equal(head, embeddings):
+        raise UserError(
+            f'{folder}: {HEAD} is not the embeddings, though config.json says "tie_word_embeddings": true; set it to false, '
+            "or download the model again"
+        )
 
 
 def _check_config(config, path):
@@ -265,26 +275,3 @@ def _check_config(config, path):
     heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % keys or not config.get("head_dim") and config["hidden_size"] % heads:
         raise UserError(f"{path}: {heads} heads and {keys} key heads do not fit {config['hidden_size']} dimensions")
-
-
-def expected_shapes(config):
-    """Hugging Face's name of every tensor -> its shape, from a config.json."""
-    hidden, ffn, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head_dim, (config.get("num_key_value_heads") or heads) * head_dim
-    in_layer = {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-        "mlp.up_proj": (ffn, hidden),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    rows = (config["vocab_size"], hidden)
-    shapes = {EMBEDDING: rows, "model.norm.weight": (hidden,), HEAD: rows}
-    for i in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in in_layer.items()}
-    return shapes

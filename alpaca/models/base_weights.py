@@ -4,11 +4,12 @@ from importlib.util import find_spec
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import HEAD, dims, mapped_tensors, read_base, read_config
+from alpaca.models.base_files import EMBEDDING, HEAD, check_tied, dims, mapped_tensors, read_base, read_config
+from alpaca.models.layers import meta_model
 from alpaca.models.mapped_memory import forget
 from alpaca.models.quantized import FP8_MULTIPLE, Fp8Linear, Nf4Linear
 from alpaca.models.tokenizer import how_to_get
@@ -52,13 +53,11 @@ def _problem(base_weights, device, precision):
 
 def empty_model(model_dir, dtype=torch.float32):
     """The model of a folder without its weights."""
-    config = LlamaConfig.from_dict({**read_config(model_dir), "name_or_path": str(model_dir)})
-    with torch.device("meta"):
-        return LlamaForCausalLM(config).to(dtype)
+    return meta_model(AutoConfig.for_model(**{**read_config(model_dir), "name_or_path": str(model_dir)})).to(dtype)
 
 
 def load_whole(model_dir, dtype, device):
-    """A LLaMA in evaluation mode on `device` in `dtype`; UserError for a folder that is none, or lacks tensors.
+    """A base in evaluation mode on `device` in `dtype`; UserError for a folder of other tensors than config.json says.
 
     Read tensor by tensor, so that the host never holds more than the model and one tensor: of a model on a GPU one tensor.
     """
@@ -73,11 +72,25 @@ def load_whole(model_dir, dtype, device):
             raise UserError(
                 f"{model_dir}: {name} is {dims(found)}, by config.json {dims(shape)}; {how_to_get(model_dir)}"
             )
+    if model.config.tie_word_embeddings and HEAD in tensors:
+        check_tied(tensors.pop(HEAD), tensors[EMBEDDING], model_dir)
+    _check_others(sorted(tensors.keys() - shapes.keys()), model_dir)
     for name in progress(shapes, desc="加载模型", unit="个"):
         tensor, (path, _, child) = tensors.pop(name), name.rpartition(".")
         setattr(model.get_submodule(path), child, _parameter(tensor, dtype, device))
         forget(tensor)
     return complete(model, device)
+
+
+def _check_others(names, model_dir):
+    """UserError for tensors that layers would have to compute with, and these do not; a line for any others."""
+    if inside := [name for name in names if name.startswith(("model.", "lm_head."))]:
+        raise UserError(
+            f"{model_dir}: {len(inside)} tensors are not of the model in config.json, {inside[0]} among them; "
+            f"{how_to_get(model_dir)}"
+        )
+    if names:  # such as the value head of a training with rewards
+        say(f"{model_dir}: 不用 {len(names)} 个张量，如 {names[0]}")
 
 
 def _parameter(tensor, dtype, device):
@@ -86,10 +99,10 @@ def _parameter(tensor, dtype, device):
 
 
 def load_quantized(model_dir, base_weights, dtype, device):
-    """A LLaMA in evaluation mode on `device`, its layers' matrices quantized, the rest in `dtype`.
+    """A base in evaluation mode on `device`, its layers' matrices quantized, the rest in `dtype`.
 
     Each is quantized when it is read, from the file's own numbers: neither host nor GPU ever holds the full model, and
-    the quantized numbers are the same in every precision. UserError for a folder that is no LLaMA or is damaged.
+    the quantized numbers are the same in every precision. UserError for a folder that is damaged.
     """
     _, tensors, _ = read_base(model_dir)
     model = empty_model(model_dir, dtype)
@@ -101,10 +114,11 @@ def load_quantized(model_dir, base_weights, dtype, device):
 
 def put_weight(model, name, tensor, base_weights, dtype, device):
     """Give an empty model one of its tensors, quantized where it is the matrix of a layer."""
-    path = name.removesuffix(".weight")
+    path, _, kind = name.rpartition(".")
     parent, _, child = path.rpartition(".")
-    if name == HEAD or not isinstance(model.get_submodule(path), nn.Linear):
-        model.get_submodule(path).weight = _parameter(tensor, dtype, device)
+    module = model.get_submodule(path)
+    if name == HEAD or kind == "bias" or not isinstance(module, nn.Linear):
+        setattr(module, kind, _parameter(tensor, dtype, device))
         return
     if base_weights == "fp8" and any(size % FP8_MULTIPLE for size in tensor.shape):
         raise UserError(

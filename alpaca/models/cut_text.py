@@ -5,7 +5,7 @@ from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import NamedTuple
 
-from dataset import build_prompt, encode_prompts
+from alpaca.models.templates import encode_prompts, message_of
 
 # After what a text may be cut, best first: an entity goes across none of the first, and seldom across the second.
 CLOSING = "[”’』」）)\\]】》\"']*"
@@ -102,5 +102,5 @@ def room_for_text(tokenizer, instruct, query_prefix, length):
 
     Less than 1 where the instruction alone is too long.
     """
-    (empty,) = encode_prompts(tokenizer, [build_prompt(instruct, query_prefix)])
+    (empty,) = encode_prompts(tokenizer, [message_of(instruct, query_prefix)])
     return 2 * (length - len(empty)) // 3

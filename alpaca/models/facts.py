@@ -1,6 +1,7 @@
 """train_args.json: how an adapter was trained, and what it must be asked. It goes with a model the adapter is merged into."""
 
 from alpaca.common.errors import UserError
+from alpaca.models.templates import NAMES
 from config_utils import load_config
 from dataset import INSTRUCT
 
@@ -17,8 +18,9 @@ FACTS = {
         NUMBERED,
         lambda value: type(value) is int and value >= 0,
     ),  # 0: every text is empty, the question stands in the instruction
+    "template": (f"one of {', '.join(NAMES)}", lambda value: value in NAMES),
 }
-OPTIONAL = ("labels", "query_prefix", "text_tokens")  # adapters of earlier versions have none
+OPTIONAL = ("labels", "query_prefix", "text_tokens", "template")  # adapters of earlier versions have none
 SETTINGS = {
     **dict.fromkeys(("model_dir", "instruct_column", "query_column", "response_column"), str),
     "max_seq_length": int,
@@ -52,6 +54,14 @@ def read_facts(folder):
                 f'{path}: "config" has no {key} of type {kind.__name__}; get the file again, or train again'
             )
     return train_args, facts
+
+
+def template_of(facts, asked):
+    """`--template` and an adapter's facts ({}: it has none) -> the name of its template, or auto. UserError for another."""
+    own = facts.get("template", "alpaca") if "prompt_sha256" in facts else asked
+    if asked not in ("auto", own):
+        raise UserError(f"--template={asked}: the adapter was trained with {own}; leave --template out")
+    return own
 
 
 def with_task(adapter, facts, instruct, labels):

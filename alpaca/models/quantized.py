@@ -16,7 +16,8 @@ FP8_COPIES = 2  # in training; 2: also transposed, as the gradient's product wan
 
 
 class QuantizedLinear(nn.Linear):
-    """An nn.Linear without bias whose weight is quantized. weight: [out, in]; dtype: what it computes in."""
+    """An nn.Linear whose weight is quantized. weight: [out, in]; dtype: what it computes in. A bias is given to it later,
+    and stays as it is."""
 
     def __init__(self, weight, dtype):
         nn.Module.__init__(self)
@@ -24,6 +25,10 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", None)
         self.weight = torch.empty(0, dtype=dtype, device=weight.device)  # PEFT asks it for type and device
         self.quantize(weight.detach())
+
+    def forward(self, x):
+        product = self.product(x)
+        return product if self.bias is None else product + self.bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -49,7 +54,7 @@ class Nf4Linear(QuantizedLinear):
     def dequantized(self, dtype):
         return dequantize(self.packed, self.scales, self.out_features, self.in_features, dtype)
 
-    def forward(self, x):
+    def product(self, x):
         return nf4_product(x, self.packed, self.scales, self.out_features, self.in_features, False)
 
 
@@ -128,7 +133,7 @@ class Fp8Linear(QuantizedLinear):
     def dequantized(self, dtype):
         return (self.eights.float() * self.scales[:, None]).to(dtype)
 
-    def forward(self, x):
+    def product(self, x):
         return _Fp8Product.apply(x, self.eights, self.scales, self.transposed)
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a model's folder, exactly sentencepiece's."""
+"""The tokenizer of a model's folder: exactly sentencepiece's, or the folder's fast one (fast_tokenizer.py)."""
 
 import hashlib
 import json
@@ -13,8 +13,12 @@ from transformers import SentencePieceBackend
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import refuse_failed_download
 from alpaca.common.folders import hint_of_folders
-from dataset import BOS, EOS, UNK
+from alpaca.models.fast_tokenizer import FastTokenizer, read_settings
+from alpaca.models.templates import CHAT, TEMPLATES, chat_template, check_name, choose_name, make_frame
 
+BOS, EOS, UNK = 1, 2, 0  # the ids of every LLaMA vocabulary
+FAST_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json")
+FAST_FILES += ("special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 LLAMA_3 = re.compile(rb"[A-Za-z0-9+/]+=* \d+\n")  # its tokenizer.model is tiktoken's: a piece in base64, its number
 
 
@@ -23,7 +27,11 @@ class ExactTokenizer(SentencePieceBackend):
 
     transformers' LlamaTokenizer re-derives merges from piece scores; the added Chinese pieces all score 0, so its ids
     are wrong. SentencePieceBackend encodes right, but decodes byte pieces literally (`<0x0A>`), hence `_decode`.
+    What the project reads of a tokenizer is what FastTokenizer has too.
     """
+
+    begin, ends = [BOS], frozenset([EOS])
+    before_answer = b" "  # sentencepiece begins every text with a space
 
     def _decode(self, token_ids, skip_special_tokens=False, **kwargs):
         token_ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
@@ -45,6 +53,27 @@ class ExactTokenizer(SentencePieceBackend):
             bytes([int(p[3:5], 16)]) if sp.is_byte(i) else p.replace("▁", " ").encode() for i, p in enumerate(pieces)
         ]
 
+    @cached_property
+    def controls(self):
+        """{piece: id} of what no text is encoded to."""
+        sp = self.sp_model
+        ids = [i for i in range(sp.vocab_size()) if sp.is_control(i) or sp.is_unknown(i) or i == self.pad_token_id]
+        return {sp.id_to_piece(i): i for i in ids}
+
+    @property
+    def source(self):
+        """The file that decides the ids."""
+        return Path(self.vocab_file)
+
+    @cached_property
+    def sha256(self):
+        """Of that file: an adapter only fits the vocabulary it was trained with."""
+        return hashlib.sha256(self.source.read_bytes()).hexdigest()
+
+
+def _is_llama_3(vocab_file):
+    return LLAMA_3.match(Path(vocab_file).read_bytes()[:200]) is not None
+
 
 def _special_tokens(vocab_file):
     """bos, eos, unk and pad as tokenizer_config.json names them; pad is [PAD] where the vocabulary has it."""
@@ -52,8 +81,10 @@ def _special_tokens(vocab_file):
         sp = SentencePieceProcessor(model_file=str(vocab_file))
     except RuntimeError:
         refuse_failed_download(vocab_file)
-        if LLAMA_3.match(Path(vocab_file).read_bytes()[:200]):
-            raise UserError(f"{vocab_file}: LLaMA-3's, which is not supported; use a LLaMA-1 or LLaMA-2") from None
+        if _is_llama_3(vocab_file):
+            raise UserError(
+                f"{vocab_file}: LLaMA-3's; put the tokenizer.json of its Hugging Face folder there"
+            ) from None
         raise UserError(f"{vocab_file}: not a SentencePiece model; was the download complete?") from None
     pieces = {name: sp.id_to_piece(i) for name, i in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", UNK))}
     has_pad = sp.id_to_piece(sp.piece_to_id("[PAD]")) == "[PAD]"
@@ -79,22 +110,68 @@ def how_to_get(model_dir):
     )
 
 
-def load_tokenizer(model_dir):
+def load_sentencepiece(model_dir):
     """The tokenizer of a folder that holds a `tokenizer.model`; other tokenizer files are not needed or read."""
     path = _vocab_file(model_dir)
     return ExactTokenizer(vocab_file=str(path), **_special_tokens(path))
 
 
+def has_sentencepiece(folder):
+    """Whether a folder has a tokenizer.model that is SentencePiece's, or meant to be."""
+    path = Path(folder) / "tokenizer.model"
+    return path.is_file() and not _is_llama_3(path)
+
+
+def load_tokenizer(model_dir, template="auto"):
+    """The tokenizer with which a folder's weights were trained, and `.template`, `.frame`: how the base is asked.
+
+    tokenizer.model, where it is SentencePiece's; else, and for a chat template beside a tokenizer.json, the fast tokenizer.
+    template: `--template`. UserError where it must be named.
+    """
+    folder = Path(model_dir)
+    check_name(template)
+    fast = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    tokenizer = load_sentencepiece(folder) if has_sentencepiece(folder) or not fast else None
+    pieces, chat = len(tokenizer) if tokenizer else None, _chat_source(folder)
+    name = choose_name(template, folder, pieces, chat is not None)
+    known = any(pieces in one.pieces for one in TEMPLATES.values())  # Chinese vocabularies, see ExactTokenizer
+    if tokenizer is None or name == CHAT and fast and not known:
+        tokenizer = FastTokenizer(folder, behind_controls=name == CHAT)
+    if name == CHAT and chat is None:
+        raise UserError(f"{folder}: has no chat template; see --template")
+    tokenizer.template = chat_template(tokenizer, chat, folder) if name == CHAT else TEMPLATES[name]
+    tokenizer.frame = make_frame(tokenizer, tokenizer.template)
+    return tokenizer
+
+
+def _chat_source(folder):
+    """A folder's chat template, or None."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    source = read_settings(folder, "tokenizer_config.json").get("chat_template")
+    if isinstance(source, list):  # several, each with a name
+        source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+    return source
+
+
+def tokenizer_files(tokenizer):
+    """The files that a tokenizer is copied with. generation_config.json: it names the ids that end an answer."""
+    if tokenizer.source.name == "tokenizer.model":
+        return [tokenizer.source]
+    return [file for name in FAST_FILES if (file := tokenizer.source.with_name(name)).is_file()]
+
+
 def save_tokenizer(vocab_file, out_dir):
-    """Write tokenizer.model and a tokenizer_config.json with which plain AutoTokenizer gives exact ids too."""
+    """Write tokenizer.model and a tokenizer_config.json with which plain AutoTokenizer gives exact ids too.
+
+    A chat template beside vocab_file goes with it.
+    """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if Path(vocab_file).resolve() != (out_dir / "tokenizer.model").resolve():
         copyfile(vocab_file, out_dir / "tokenizer.model")
     config = {"tokenizer_class": "SentencePieceBackend", **_special_tokens(vocab_file), "backend": "sentencepiece"}
+    if chat := _chat_source(Path(vocab_file).parent):
+        config["chat_template"] = chat
     (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def tokenizer_sha256(model_dir):
-    """Hex digest of tokenizer.model: an adapter only fits the vocabulary it was trained with."""
-    return hashlib.sha256(_vocab_file(model_dir).read_bytes()).hexdigest()

@@ -12,8 +12,9 @@ from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import attach_adapter, check_fit, load_for_inference
+from alpaca.models.templates import encode_prompts
 from config_utils import load_config
-from dataset import build_prompt, encode_prompts, example_of_input, task_of
+from dataset import example_of_input, task_of
 
 BASE = "不加 LoRA，只用基座"
 
@@ -46,7 +47,9 @@ class Models:
                 f"{chosen.folder}: has no train_args.json; use predict.py, whose --instruct says what to ask"
             )
         self.model, self.tokenizer = load_for_inference(
-            *(*chosen, args.base_model, args.tokenizer_path, args.precision), base_weights=args.base_weights
+            *(*chosen, args.base_model, args.tokenizer_path, args.precision),
+            base_weights=args.base_weights,
+            template=args.template,
         )
         self.base = self.model.config.name_or_path
         self.first = choice_name(chosen.folder) if chosen.folder else BASE
@@ -79,7 +82,7 @@ class Models:
         if not folder and self.peft_names:
             self.model.base_model.disable_adapter_layers()
         elif folder and name not in self.peft_names:
-            check_fit(folder, train_args, facts, self.base, self.args.tokenizer_path or self.base)
+            check_fit(folder, train_args, facts, self.base, self.tokenizer)
             peft_name = f"adapter{len(self.peft_names)}"
             self.model = attach_adapter(self.model, folder, peft_name)
             self.peft_names[name] = peft_name
@@ -119,9 +122,9 @@ class Models:
 
     def answer_question(self, name, question):
         """Yield the growing answer to free text."""
-        (prompt,) = encode_prompts(self.tokenizer, [build_prompt(question, "")])
+        (prompt,) = encode_prompts(self.tokenizer, [question])
         growing = stream(self.model, self.tokenizer, prompt, self.args.max_new_tokens, standby=self.standby)
-        return self._take_turns(name, without_template(growing))
+        return self._take_turns(name, without_template(growing, self.tokenizer.template))
 
 
 def choice_name(folder):

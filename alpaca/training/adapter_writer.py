@@ -10,14 +10,13 @@ from safetensors.torch import load_file
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
-from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
 from alpaca.training.checkpoints import from_main, saving, to_disk
 from alpaca.training.lora import lora_weights
 from config_utils import load_config, save_config
-from dataset import PROMPT_SHA256, labels_of, nests, query_prefix_of, without_rehearsal
+from dataset import labels_of, nests, query_prefix_of, without_rehearsal
 
 
-def training_facts(args, records):
+def training_facts(args, records, tokenizer):
     """What inference must know about a run besides its CONFIG; stands in train_args.json beside the adapter."""
     packages = ("torch", "transformers", "peft", "deepspeed", "sentencepiece")
     records = without_rehearsal(records)
@@ -28,20 +27,21 @@ def training_facts(args, records):
             "with --best=loss and measure it with test.py --metric=exact"
         )
     return {
-        "prompt_sha256": PROMPT_SHA256,
-        "tokenizer_sha256": tokenizer_sha256(args.model_dir),
+        "template": tokenizer.template.name,
+        "prompt_sha256": tokenizer.template.sha256,
+        "tokenizer_sha256": tokenizer.sha256,
         "instructs": list(dict.fromkeys(record["instruct"] for record in records)),
         "labels": labels,
         "nested": nests(records),
         "query_prefix": query_prefix_of(records),
-        "text_tokens": usual_length(args.model_dir, records),
+        "text_tokens": usual_length(tokenizer, records),
         "versions": {name: version(name) for name in packages},
     }
 
 
-def usual_length(model_dir, records):
+def usual_length(tokenizer, records):
     """The tokens of the training texts at their 80th percentile; predict.py joins no sentences to longer windows."""
-    lengths = sorted(map(len, load_tokenizer(model_dir).encode_texts([record["text"] for record in records])))
+    lengths = sorted(map(len, tokenizer.encode_texts([record["text"] for record in records])))
     return lengths[(len(lengths) - 1) * 4 // 5]
 
 

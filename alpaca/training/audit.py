@@ -12,7 +12,8 @@ import sys
 from collections import Counter
 
 from alpaca.common.errors import UserError
-from dataset import NO_ENTITY, encode_examples, fit_length, is_ner, parse_answer, read_examples, without_rehearsal
+from alpaca.models.templates import encode_examples
+from dataset import NO_ENTITY, fit_length, is_ner, parse_answer, read_examples, without_rehearsal
 
 SHOWN = 3  # places of each warning, and of malformed lines
 KEPT = 0.999  # share of the rows that the proposed max_seq_length keeps

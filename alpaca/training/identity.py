@@ -7,9 +7,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.options import flatten
 from alpaca.models.base import check_model_dir
 from alpaca.models.base_files import tensors_sha256
-from alpaca.models.tokenizer import tokenizer_sha256
 from alpaca.training.lora import zero_stage
-from dataset import PROMPT_SHA256
 
 # What a run may change when it is resumed. Every other option must be the run's own, and so must what identity_of adds.
 MAY_CHANGE = {
@@ -20,8 +18,8 @@ MAY_CHANGE = {
     "warmup_ratio",  # only before the end of both warm-ups, which check_resumed looks at
     # how a step's examples are split; the examples of a step are compared
     *("train_batch_size", "gradient_accumulation_steps"),
-    # compared as what they come to: the steps of the schedule, the precision that the device has
-    *("num_train_epochs", "max_steps", "precision"),
+    # compared as what they come to: the steps of the schedule, the precision that the device has, the prompt
+    *("num_train_epochs", "max_steps", "precision", "template"),
     # how it is computed, logged, saved and evaluated
     *("compile", "gradient_checkpointing", "log_steps", "tensorboard", "too_long"),
     *("save_steps", "save_total_limit", "safe_serialization", "eval_steps", "eval_examples", "best"),
@@ -30,7 +28,7 @@ MAY_CHANGE = {
 DEEPSPEED_DECIDES = ("deepspeed_optimizer_", "deepspeed_zero_optimization_stage")
 
 
-def identity_of(args, precision, train_path, loader, total_steps):
+def identity_of(args, tokenizer, precision, train_path, loader, total_steps):
     """{fact: value} as JSON holds it, of the options outside MAY_CHANGE and of what the run reads."""
     names = [*flatten(args.nested)]
     names += [name for name in flatten(args.deepspeed, ("deepspeed",)) if name.startswith(DEEPSPEED_DECIDES)]
@@ -45,10 +43,10 @@ def identity_of(args, precision, train_path, loader, total_steps):
         "total_steps": total_steps,
         "warmup_ratio": args.warmup_ratio,
         "precision": precision,
-        "prompt_sha256": PROMPT_SHA256,
+        "prompt_sha256": tokenizer.template.sha256,
         "train_data_sha256": _file_sha256(train_path),
         "base_config_sha256": _config_sha256(args.model_dir),
-        "base_tokenizer_sha256": tokenizer_sha256(args.model_dir),
+        "base_tokenizer_sha256": tokenizer.sha256,
         "base_tensors_sha256": tensors_sha256(args.model_dir),
     }
 

@@ -10,7 +10,9 @@ from peft import LoraConfig, get_peft_model
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.models.base import check_model_dir
+from alpaca.models.base_files import read_config
 from alpaca.models.base_weights import BASE_WEIGHTS
+from alpaca.models.layers import check_window
 from alpaca.models.quantized import Fp8Linear
 from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.prefix_tree import PACKINGS
@@ -41,6 +43,7 @@ def check_options(args):
             f"--base_weights={args.base_weights}: ZeRO-3 cannot split a quantized base; use stage 0, 1 or 2, or "
             "--base_weights=full"
         )
+    check_window(read_config(args.model_dir), args.model_dir, args.max_seq_length, args.packing)
     check_model_dir(args.model_dir)
     check_targets(args.lora_target_modules, args.model_dir)
 

@@ -40,10 +40,14 @@ def check_ranges(args):
 
 def check_targets(targets, model_dir):
     """UserError where the base has no layer of a name in --lora_target_modules; PEFT takes one it finds, and forgets the rest."""
-    modules = {name.removesuffix(".weight") for name, _ in mapped_tensors(model_dir)} | {"lm_head"}  # which may be tied
+    tensors = {name.removesuffix(".weight"): tensor.dim() for name, tensor in mapped_tensors(model_dir)}
+    modules = {name for name, dimensions in tensors.items() if dimensions == 2 and "embed" not in name}
+    modules |= {"lm_head"}  # which may be tied
     for target in targets:
         if not any(module == target or module.endswith(f".{target}") for module in modules):
             names = {module.rpartition(".")[2] for module in modules}
             close = difflib.get_close_matches(target, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"
-            raise UserError(f"--lora_target_modules={','.join(targets)}: {model_dir} has no layer {target!r}; {hint}")
+            raise UserError(
+                f"--lora_target_modules={','.join(targets)}: {model_dir} has no linear layer {target!r}; {hint}"
+            )

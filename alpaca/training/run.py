@@ -68,13 +68,12 @@ class Run:
         self.resume_from = checkpoint_to_resume(self.save_dir, args.resume)
         check_save_dir(self.save_dir, self.resume_from)
         self.written = written = read_identity(self.resume_from) if self.resume_from else {}
-        self.tokenizer = load_tokenizer(args.model_dir)
-        rows = check_model_dir(args.model_dir)["vocab_size"]
-        check_vocabulary(self.tokenizer, args.model_dir, rows, args.model_dir)
+        self.tokenizer = load_tokenizer(args.model_dir, args.template)
+        check_vocabulary(self.tokenizer, check_model_dir(args.model_dir)["vocab_size"], args.model_dir)
         (train_records, self.train_set), (self.dev_records, self.dev_set) = load_audited_data(
             self.train_path, dev_path, self.tokenizer, args
         )
-        self.facts = training_facts(args, train_records)
+        self.facts = training_facts(args, train_records, self.tokenizer)
 
         self.device, self.rank, self.world_size = init_distributed()
         self.held = ExitStack()  # until the process ends, however it ends
@@ -86,7 +85,9 @@ class Run:
             self.settings, check_model_dir(args.model_dir)["hidden_size"]
         )
         where = describe_device(self.device, self.precision, self.world_size)
-        say(f"{where}, 训练 {len(self.train_set)} 条, 验证 {len(self.dev_set)} 条")
+        say(
+            f"模板: {self.tokenizer.template.name}, {where}, 训练 {len(self.train_set)} 条, 验证 {len(self.dev_set)} 条"
+        )
 
         self.collate = make_collate(args.packing, self.tokenizer.pad_token_id)
         shape = args.train_batch_size, args.gradient_accumulation_steps
@@ -94,7 +95,7 @@ class Run:
         epochs = args.num_train_epochs * self.loader.steps_per_epoch
         self.total_steps = args.max_steps if args.max_steps > 0 else epochs
         self.scheduler = partial(make_scheduler, args=args, total_steps=self.total_steps)
-        facts = self.precision, self.train_path, self.loader, self.total_steps
+        facts = self.tokenizer, self.precision, self.train_path, self.loader, self.total_steps
         self.identity = from_main(lambda: identity_of(args, *facts))
         if self.resume_from:
             check_resumed(self.resume_from, step_of(self.resume_from), written, self.identity)

@@ -10,10 +10,10 @@ from alpaca.models.base_files import (
     check_counts,
     check_types,
     dims,
-    expected_shapes,
     read_json,
     read_tensors,
 )
+from alpaca.models.layers import tensor_shapes
 from alpaca.weights.llama_layout import CUT_BY_COLUMNS, config_of, meta_names
 
 
@@ -47,7 +47,7 @@ def read_meta(folder, max_position_embeddings=2048):
 
     ffn, dtype = shapes["model.layers.0.mlp.gate_proj.weight"][0], shards[0][names[EMBEDDING]].dtype
     config = config_of(params, shapes[EMBEDDING][0], ffn, dtype, max_position_embeddings)
-    for name, shape in expected_shapes(config).items():
+    for name, shape in tensor_shapes(config).items():
         if shapes[name] != shape:
             raise UserError(
                 f"{folder}: {names[name]} is {dims(shapes[name])} in {len(shards)} file(s), but params.json and the "

@@ -10,7 +10,7 @@ import torch
 
 from alpaca.common.errors import UserError
 from alpaca.models.base_files import EMBEDDING, HEAD
-from dataset import BOS, EOS
+from alpaca.models.tokenizer import BOS, EOS
 
 OUTSIDE_LAYERS = {EMBEDDING: "tok_embeddings.weight", "model.norm.weight": "norm.weight", HEAD: "output.weight"}
 IN_LAYER = {
@@ -35,6 +35,14 @@ def meta_names(n_layers):
         for ours, metas in IN_LAYER.items():
             names[f"model.layers.{i}.{ours}.weight"] = f"layers.{i}.{metas}.weight"
     return names
+
+
+def check_places(names, config):
+    """UserError where Meta's layout has no place for one of these tensors, or for how the layers use them."""
+    others = set(names) - meta_names(config["num_hidden_layers"]).keys()
+    if others or config.get("sliding_window"):
+        what = f"the tensor {min(others)}" if others else "a sliding window"
+        raise UserError(f"--output_type=pth: no place there for {what}; use --output_type=huggingface")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import gc
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from alpaca.answering.generate import generate
 from alpaca.answering.memory import free_memory
@@ -11,10 +11,13 @@ from alpaca.common.console import progress
 from alpaca.common.errors import UserError
 from alpaca.models.base import attach_adapter, load_base
 from alpaca.models.base_files import EMBEDDING, read_base
+from alpaca.models.facts import read_facts, template_of
+from alpaca.models.layers import meta_model
+from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.weights.llama_files import read_meta
 from alpaca.weights.llama_layout import from_meta
-from dataset import INSTRUCT, build_prompt, encode_prompts
+from dataset import INSTRUCT
 
 QUERIES = ("文本：记者苏晓岚从昆明报道。", "文本：程立群在苏州大学教书。", "文本：天气渐渐凉了。")
 NEW_TOKENS = 32
@@ -88,9 +91,9 @@ def _share_of_rounding(name, merged, weight, adapters):
 
 
 def _compare_answers(base_folder, adapters, merged_folder, config, merged, device):
-    tokenizer = load_tokenizer(merged_folder)
+    tokenizer = load_tokenizer(merged_folder, template_of(read_facts(merged_folder)[1], "auto"))
     instruct = INSTRUCT.replace("{labels}", "人名、地名、机构名")
-    prompts = encode_prompts(tokenizer, [build_prompt(instruct, query) for query in QUERIES])
+    prompts = encode_prompts(tokenizer, [message_of(instruct, query) for query in QUERIES])
     expected, expected_answers = _run(_with_adapters(base_folder, adapters, device), tokenizer, prompts)
     logits, answers = _run(_model(config, merged, device), tokenizer, prompts)
     for query, one, other in zip(QUERIES, expected_answers, answers, strict=True):
@@ -116,8 +119,7 @@ def _with_adapters(folder, adapters, device):
 
 
 def _model(config, weights, device):
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config))
+    model = meta_model(AutoConfig.for_model(**config))
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its table is in no state dict
     return model.to(device)

@@ -10,6 +10,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.folders import check_writable
 from alpaca.common.locks import locked
 from alpaca.models.facts import TRAIN_ARGS
+from alpaca.models.tokenizer import FAST_FILES
 
 # What a finished folder is known by: it is written last, and where a folder is replaced, it goes first.
 LAST = {"huggingface": "config.json", "pth": "params.json"}
@@ -17,7 +18,7 @@ WEIGHTS = {
     "huggingface": ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
     "pth": ("consolidated.*.pth",),
 }
-OTHERS = ("generation_config.json", "tokenizer.model", "tokenizer_config.json")
+OTHERS = ("tokenizer.model", *FAST_FILES)
 
 
 def write_json(path, value):

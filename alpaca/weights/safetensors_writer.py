@@ -5,20 +5,20 @@ tensors. It is written here, since the library's save_file wants all tensors of 
 """
 
 import json
+from shutil import copyfile
 
 import torch
 
-from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
+from alpaca.models.tokenizer import BOS, EOS, load_sentencepiece, save_tokenizer
 from alpaca.weights.output_folder import LAST, write_json
 from alpaca.weights.tensor_stream import bytes_of, next_tensor
-from dataset import BOS, EOS
 
 FILE_BYTES = 4 * 10**9  # of one file, at most
 FORMATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def save_huggingface(folder, config, specs, tensors, tokenizer_file):
-    """Write a folder for LlamaForCausalLM.from_pretrained and AutoTokenizer."""
+def save_huggingface(folder, config, specs, tensors, tokenizer_files):
+    """Write a folder for AutoModelForCausalLM.from_pretrained and AutoTokenizer. tokenizer_files: those of alpaca.models.tokenizer."""
     parts = [{}]
     for name, spec in specs.items():
         if parts[-1] and sum(s.nbytes for s in parts[-1].values()) + spec.nbytes > FILE_BYTES:
@@ -36,9 +36,13 @@ def save_huggingface(folder, config, specs, tensors, tokenizer_file):
         size = sum(spec.nbytes for spec in specs.values())
         where = {name: file for file, part in zip(files, parts, strict=True) for name in part}
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
-    save_tokenizer(tokenizer_file, folder)
-    pad = load_tokenizer(folder).pad_token_id
-    write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": pad})
+    if tokenizer_files[0].name == "tokenizer.model":
+        save_tokenizer(tokenizer_files[0], folder)
+        pad = load_sentencepiece(folder).pad_token_id
+        write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": pad})
+    else:
+        for file in tokenizer_files:
+            copyfile(file, folder / file.name)
     write_json(folder / LAST["huggingface"], config)
 
 

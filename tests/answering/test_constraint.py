@@ -13,8 +13,8 @@ from alpaca.common.errors import UserError
 from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems
-from alpaca.models.tokenizer import load_tokenizer
-from dataset import EOS, format_answer, parse_answer
+from alpaca.models.tokenizer import EOS, load_tokenizer
+from dataset import format_answer, parse_answer
 from process import CONFIG
 
 LABELS = ["人", "人名", "x"]  # one begins like another
@@ -101,19 +101,19 @@ def test_spans_of_odd_texts(grammar, tokenizer, text):
         assert not accepts(grammar, text, tokenizer.encode_texts([lines])[0])[0], repr(lines)
 
 
-def go_on(row, token, log_probability, tokenizer):
+def go_on(row, token, log_probability):
     row.take(token, log_probability)
-    row.note(tokenizer.token_bytes)
+    row.note()
 
 
 def answer_at_random(grammar, tokenizer, text, draw):
     """An answer of tokens drawn from the masks."""
-    row = Row(0, [1], 60, text)
+    row = Row(0, [1], 60, tokenizer, text)
     row.matcher = grammar.matchers([text])[0]
     while not row.over:
         token = draw.choice(allowed(grammar, row.matcher))
-        go_on(row, token, -0.5, tokenizer)
-    return row.answer(tokenizer, grammar)
+        go_on(row, token, -0.5)
+    return row.answer(grammar)
 
 
 @pytest.mark.parametrize("text", ODD_TEXTS)
@@ -130,12 +130,12 @@ def test_nothing_else_can_be_said(grammar, tokenizer, text):
 
 
 def say(grammar, tokenizer, text, answer):
-    row = Row(0, [1], 100, text)
+    row = Row(0, [1], 100, tokenizer, text)
     row.matcher = grammar.matchers([text])[0]
     for token in [*tokenizer.encode_texts([answer])[0], EOS]:
         if not row.over:
-            go_on(row, token, 0.0, tokenizer)
-    return row.answer(tokenizer, grammar)
+            go_on(row, token, 0.0)
+    return row.answer(grammar)
 
 
 def test_lines_that_are_left_out(grammar, tokenizer):
@@ -153,11 +153,11 @@ def test_lines_that_are_left_out(grammar, tokenizer):
 
 def test_an_answer_cut_off_ends_with_its_last_whole_line(grammar, tokenizer):
     ids = tokenizer.encode_texts(["王明_人名\n北京_x"])[0]
-    row = Row(0, [1], len(ids), "王明在北京")  # bos and all tokens but the last
+    row = Row(0, [1], len(ids), tokenizer, "王明在北京")  # bos and all tokens but the last
     row.matcher = grammar.matchers([row.text])[0]
     for token in ids[:-1]:
-        go_on(row, token, 0.0, tokenizer)
-    assert row.over and row.answer(tokenizer, grammar)[:4] == ("王明_人名", False, 0, 0)
+        go_on(row, token, 0.0)
+    assert row.over and row.answer(grammar)[:4] == ("王明_人名", False, 0, 0)
 
 
 def test_when_answers_are_constrained(tokenizer):

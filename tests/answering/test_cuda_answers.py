@@ -36,7 +36,7 @@ KINDS = {
 
 
 class Tokenizer:
-    token_bytes = [b"x"] * 500
+    token_bytes, ends = [b"x"] * 500, {2}
 
 
 def model_of(kind, dtype):
@@ -56,7 +56,7 @@ def make_prompts(count=40):
 def engine_of(model, prompts, monkeypatch, capture, at_once=32):
     monkeypatch.setattr(engine, "CAPTURE_STEPS", 0 if capture else 10**9)
     monkeypatch.setattr(engine, "COMPILE_ROWS", 1)
-    rows = [Row(i, prompt, len(prompt) + 40) for i, prompt in enumerate(prompts)]
+    rows = [Row(i, prompt, len(prompt) + 40, Tokenizer) for i, prompt in enumerate(prompts)]
     made = Engine(model, Tokenizer, rows, at_once)
     assert isinstance(made.step, CapturedStepper) == capture
     return made, rows
@@ -141,7 +141,7 @@ def test_a_size_compiles_one_layer_once_for_each_adapter(monkeypatch, kind):
         if name != "none":
             model.set_adapter(name)
         with model.disable_adapter() if name == "none" else nullcontext():
-            rows = [Row(i, prompt, len(prompt) + 9) for i, prompt in enumerate(prompts)]
+            rows = [Row(i, prompt, len(prompt) + 9, Tokenizer) for i, prompt in enumerate(prompts)]
             made = Engine(model, Tokenizer, rows, 32, standby=standby)
             waiting, ended = deque(rows), []
             while len(ended) < len(rows):
@@ -194,7 +194,7 @@ def test_float32_and_a_failing_capture_use_the_plain_step(monkeypatch, capsys, c
     monkeypatch.setattr(engine, "CAPTURE_STEPS", 0)
     monkeypatch.setattr(engine, "CapturedStepper", fails)
     model = model_of("grouped", torch.bfloat16 if capture else torch.float32)
-    rows = [Row(i, prompt, len(prompt) + 20) for i, prompt in enumerate(prompts)]
+    rows = [Row(i, prompt, len(prompt) + 20, Tokenizer) for i, prompt in enumerate(prompts)]
     made = Engine(model, Tokenizer, rows, 5)
     assert type(made.step) is Stepper and made.slots.by_heads != capture
     assert ("no graphs here" in capsys.readouterr().err) == capture

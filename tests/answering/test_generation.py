@@ -23,8 +23,8 @@ from alpaca.answering.slots import Slots
 from alpaca.answering.standby import Standby
 from alpaca.answering.step import Stepper
 from alpaca.common.errors import UserError
-from alpaca.models.tokenizer import load_tokenizer
-from dataset import EOS, build_prompt, encode_prompts
+from alpaca.models.templates import TEMPLATES, encode_prompts, message_of
+from alpaca.models.tokenizer import EOS, load_tokenizer
 from harness import INSTRUCTION, make_records
 
 LABELS = ["人名", "地名"]
@@ -56,7 +56,7 @@ def model(base_dir, tokenizer, prompts):
 def prompts(tokenizer):
     records = make_records(21, 5)
     texts = [record["text"] for record in records]
-    prompts = encode_prompts(tokenizer, [build_prompt(INSTRUCTION, f"文本：{text}") for text in texts])
+    prompts = encode_prompts(tokenizer, [message_of(INSTRUCTION, f"文本：{text}") for text in texts])
     return prompts, texts
 
 
@@ -82,7 +82,7 @@ def rounded(answers):
 
 def test_answers_are_those_of_transformers(model, tokenizer, prompts):
     """One example at a time, the full prompt, model.generate: the same tokens. Some have another instruction."""
-    others = [build_prompt("说出下面文本里的人名，没有就说没有。", text) for text in prompts[1][::4]]
+    others = [message_of("说出下面文本里的人名，没有就说没有。", text) for text in prompts[1][::4]]
     prompts = [*prompts[0][::2], *encode_prompts(tokenizer, others)]
     assert len(find_prefixes(prompts)[0]) == 2
     found = answers(model, tokenizer, prompts)
@@ -303,11 +303,12 @@ def test_sampling_is_repeatable_stays_in_the_nucleus_and_says_nothing_special(mo
 def test_a_prompt_of_the_models_own_is_not_shown():
     whole = "好\n\n### 标题\n\n### Instruction:\n再来"
     grown = [whole[:n] for n in range(1, len(whole) + 1)]
-    said = list(without_template(iter(grown)))
+    said = list(without_template(iter(grown), TEMPLATES["alpaca"]))
     assert said[0] == "好" and said[-1] == "好\n\n### 标题\n\n"
     assert all(later.startswith(earlier) and later != earlier for earlier, later in pairwise(said))
-    assert list(without_template(iter(["一 #", "一 ##"])))[-1] == "一 ##"  # it did not go on
-    assert list(without_template(iter([]))) == [] and list(without_template(iter([""]))) == [""]
+    for template in (*TEMPLATES.values(), TEMPLATES["alpaca"]._replace(headings=())):
+        assert list(without_template(iter(["一 #", "一 ##"]), template))[-1] == "一 ##"  # it did not go on
+        assert list(without_template(iter([]), template)) == [] and list(without_template(iter([""]), template)) == [""]
 
 
 def test_prompts_share_what_those_of_their_instruction_do():

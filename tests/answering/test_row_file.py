@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,11 @@ from alpaca.common.errors import UserError
 
 
 @pytest.fixture
-def facts(tmp_path):
+def facts(tmp_path, tokenizer_models):
     for name in ("adapter", "base"):
         (tmp_path / name).mkdir()
         save_file({"weight": torch.zeros(750_000)}, tmp_path / name / "model.safetensors")
-    (tmp_path / "base" / "tokenizer.model").write_bytes(b"one")
+    shutil.copyfile(tokenizer_models / "base.model", tmp_path / "base" / "tokenizer.model")
     LlamaConfig().save_pretrained(tmp_path / "base")
     (tmp_path / "in.txt").write_text("一\n二\n三\n", encoding="utf-8")
     return facts_of(tmp_path)
@@ -26,8 +27,8 @@ def facts(tmp_path):
 
 def facts_of(folder, base="base"):
     args = {"max_new_tokens": 8, "constrained": "auto", "tokenizer_path": None, "base_weights": "auto"}
-    args = SimpleNamespace(**args, precision="fp32", base_model=folder / base)
-    return made_with(args, folder / "adapter", None, folder / "in.txt", labels=["人名"])
+    args = SimpleNamespace(**args, template="auto", precision="fp32", base_model=folder / base)
+    return made_with(args, folder / "adapter", None, {}, folder / "in.txt", labels=["人名"])
 
 
 def write(path, facts, rows, resume=False, total=3):
@@ -52,13 +53,13 @@ def test_a_file_goes_on_behind_its_last_whole_row(tmp_path, facts):
 
 
 @pytest.mark.parametrize("key", ["adapter", "base", "tokenizer", "input", "max_new_tokens", "template"])
-def test_another_run_is_refused_with_both_values(tmp_path, facts, key):
+def test_another_run_is_refused_with_both_values(tmp_path, facts, key, tokenizer_models):
     path = tmp_path / "rows.jsonl"
     write(path, facts, [{"n": 1}])
     if key == "input":
         (tmp_path / "in.txt").write_text("一\n四\n三\n", encoding="utf-8")
     elif key == "tokenizer":
-        (tmp_path / "base" / "tokenizer.model").write_bytes(b"two")
+        shutil.copyfile(tokenizer_models / "merged.model", tmp_path / "base" / "tokenizer.model")
     elif key in ("adapter", "base"):
         with (tmp_path / key / "model.safetensors").open("r+b") as file:
             file.seek(2_999_000)

@@ -20,8 +20,9 @@ from alpaca.answering.windows import cut_examples, cutter, rows_of_texts
 from alpaca.common.processes import Processes
 from alpaca.models.base import load_base
 from alpaca.models.cut_text import cut_text, token_ends
+from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
-from dataset import build_prompt, encode_prompts, example_of_input
+from dataset import example_of_input
 from harness import INSTRUCTION, make_records
 
 LABELS = ["人名", "地名"]
@@ -137,10 +138,11 @@ def test_an_instruction_is_encoded_once_and_prompts_are_the_same(tokenizer):
     for _ in range(300):
         instruct, query = ("".join(draw.choices(pieces, k=draw.randint(0, 12))) for _ in range(2))
         examples.append({"instruct": instruct, "query": query})
-    expected = encode_prompts(tokenizer, [build_prompt(e["instruct"], e["query"]) for e in examples])
+    expected = encode_prompts(tokenizer, [message_of(e["instruct"], e["query"]) for e in examples])
     assert prompt_encoder(tokenizer)(examples) == expected
     encoded = []
     counting = SimpleNamespace(
+        frame=tokenizer.frame,
         token_bytes=tokenizer.token_bytes,
         encode_texts=lambda texts: encoded.extend(texts) or tokenizer.encode_texts(texts),
     )

@@ -13,9 +13,9 @@ import pytest
 
 from alpaca.common.console import forgive_encoding
 from alpaca.corpora.tagged_columns import decode_tags
+from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from config_utils import run_script
-from dataset import encode_examples
 from process import CONFIG, main
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

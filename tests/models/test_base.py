@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
-from alpaca.models.base_files import expected_shapes
+from alpaca.models.layers import tensor_shapes
 from harness import run_script, write_jsonl
 
 
@@ -108,7 +108,7 @@ def test_loading_holds_the_weights_once(base_dir, tmp_path, base_weights, kind, 
     config |= {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_hidden_layers": 4}
     config |= {"num_key_value_heads": 16, "head_dim": 64}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    shapes = expected_shapes(config)
+    shapes = tensor_shapes(config)
     as_safetensors({name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in shapes.items()}, tmp_path)
     weights, peaks, ended = (tmp_path / "model.safetensors").stat().st_size, [], threading.Event()
 

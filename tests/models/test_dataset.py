@@ -8,18 +8,13 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-import dataset
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import read_jsonl
 from alpaca.corpora.inputs import read_texts
-from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
+from alpaca.models.templates import TEMPLATES, TokenizedExample, encode_examples, message_of
+from alpaca.models.tokenizer import EOS, load_tokenizer, save_tokenizer
 from dataset import (
-    EOS,
     INSTRUCT,
-    PROMPT,
-    TokenizedExample,
-    build_prompt,
-    encode_examples,
     example_of_input,
     fit_length,
     format_answer,
@@ -33,6 +28,7 @@ from dataset import (
 )
 from harness import INSTRUCTION, make_records, write_jsonl
 
+ALPACA = TEMPLATES["alpaca"]
 HARD_TEXTS = [
     "北京大学生去年在上海说新闻记者被评为北京市日报",  # overlapping words of equal score
     "a</s>b<s>c<unk>[PAD]<0x0A>",
@@ -48,11 +44,10 @@ HARD_TEXTS = [
 
 def test_prompt_is_the_one_that_adapters_are_trained_with():
     digest = "a1b69f862f7831a2ab09cf66284726dafd2a67985c514b4e88e8a9a5766bc901"
-    assert hashlib.sha256(PROMPT.encode()).hexdigest() == dataset.PROMPT_SHA256 == digest
-    assert build_prompt("指令", "文本：甲") == PROMPT.replace("{instruction}", "指令\n文本：甲")
-    assert build_prompt("指令", "") == PROMPT.replace("{instruction}", "指令")
-    assert PROMPT.endswith("Response: ") and not PROMPT.endswith("  ")
-    assert build_prompt("{query} {0}", "{instruction}").count("{query} {0}\n{instruction}\n\n###") == 1
+    assert hashlib.sha256(ALPACA.prompt("{instruction}").encode()).hexdigest() == ALPACA.sha256 == digest
+    assert message_of("指令", "文本：甲") == "指令\n文本：甲" and message_of("指令", "") == "指令"
+    assert ALPACA.prompt("").endswith("Response: ") and not ALPACA.prompt("").endswith("  ")
+    assert "Instruction:\n{query} {0}\n\n###" in ALPACA.prompt("{query} {0}")
 
 
 def test_default_instruction_is_the_original_one():
@@ -68,7 +63,7 @@ def test_ids_and_text_are_sentencepieces(tokenizer_models, tmp_path, name):
     (tmp_path / "bare" / "tokenizer.model").write_bytes(model.read_bytes())
     bare, saved = load_tokenizer(tmp_path / "bare"), load_tokenizer(tmp_path / "saved")
     auto = AutoTokenizer.from_pretrained(tmp_path / "saved")
-    prompts = [build_prompt(INSTRUCT, f"文本：{text}") for text in HARD_TEXTS]
+    prompts = [ALPACA.prompt(message_of(INSTRUCT, f"文本：{text}")) for text in HARD_TEXTS]
     assert bare.encode_texts(prompts) == expected.encode(prompts)
     for text in HARD_TEXTS + prompts:
         ids = expected.encode(text)
@@ -110,7 +105,7 @@ def test_example_is_bos_prompt_answer_eos(tokenizer_models, tmp_path):
     tokenizer = load_tokenizer(tmp_path)
     sp = tokenizer.sp_model
     (example,) = encode_examples(tokenizer, [{"instruct": "指令", "query": "文本：</s>", "answer": "北京_地名"}])
-    assert example.prompt_ids == [1, *sp.encode(PROMPT.replace("{instruction}", "指令\n文本：</s>"))]
+    assert example.prompt_ids == [1, *sp.encode(ALPACA.prompt("指令\n文本：</s>"))]
     assert example.answer_ids == [*sp.encode("北京_地名"), 2]
     assert sp.id_to_piece(example.prompt_ids[-1]) == "▁" and sp.id_to_piece(example.prompt_ids[-2]) == ":"
 

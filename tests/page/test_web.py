@@ -33,11 +33,12 @@ from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.errors import UserError
 from alpaca.corpora.inputs import read_texts
 from alpaca.models.base import load_for_inference
+from alpaca.models.templates import encode_prompts, message_of
 from alpaca.page.address import check_address
 from alpaca.page.marks import HTML, PREVIEWED, file_html, pieces_of, row_html
 from alpaca.page.models import BASE
 from config_utils import load_config, parse_config
-from dataset import build_prompt, encode_prompts, example_of_input, task_of
+from dataset import example_of_input, task_of
 from harness import free_port
 
 TOKENS = 24
@@ -250,7 +251,7 @@ def test_a_file_with_a_mistake_is_named(page, tmp_path):
 
 def test_chat_streams_and_the_base_is_itself(page, loaded, folder):
     """The answer grows; it is that of whatever is chosen: of one adapter, the base, another, and the first again."""
-    (prompt,) = encode_prompts(loaded.tokenizer, [build_prompt(QUESTION, "")])
+    (prompt,) = encode_prompts(loaded.tokenizer, [message_of(QUESTION, "")])
     answer = lambda: next(generate(loaded.model, loaded.tokenizer, [prompt], TOKENS, 1)).text  # noqa: E731
     own = answer()
     with loaded.model.disable_adapter():

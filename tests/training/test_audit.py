@@ -9,9 +9,9 @@ import time
 import pytest
 
 from alpaca.common.errors import UserError
+from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.audit import audit
-from dataset import build_prompt
 from harness import make_records, run_script, write_jsonl
 
 
@@ -98,7 +98,7 @@ def test_lengths_against_counting_by_hand(report, base_dir):
     rows = make_records(500, 3)
     tokenizer = load_tokenizer(base_dir)
     lengths = sorted(
-        len(tokenizer.encode_texts([build_prompt(r["instruct"], r["query"])])[0])
+        len(encode_prompts(tokenizer, [message_of(r["instruct"], r["query"])])[0][1:])
         + len(tokenizer.encode_texts([r["answer"]])[0])
         + 2
         for r in rows

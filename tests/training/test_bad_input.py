@@ -11,7 +11,7 @@ from config_utils import run_script
     "option, error",
     [
         ("lora_dropout=1.5", "--lora_dropout=1.5: expected 0 or more and less than 1"),
-        ("lora_target_modules=q_projj", "has no layer 'q_projj'; did you mean q_proj?"),
+        ("lora_target_modules=q_projj", "has no linear layer 'q_projj'; did you mean q_proj?"),
         ("train_path=nowhere.txt", "nowhere.txt: no such file"),
         ("max_seq_length=8", "no example fits into max_seq_length=8"),
         ("resume=7", "checkpoint-7 is not a complete checkpoint"),

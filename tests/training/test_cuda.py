@@ -8,12 +8,13 @@ import torch
 
 from alpaca.answering.memory import free_memory
 from alpaca.models.base import load_base
+from alpaca.models.templates import TokenizedExample
+from alpaca.models.tokenizer import EOS
 from alpaca.training.batches import TrainLoader
 from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.lora import add_lora, bind_lora
 from alpaca.training.loss import answer_loss
 from alpaca.training.prefix_tree import make_collate
-from dataset import EOS, TokenizedExample
 from harness import lora_settings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

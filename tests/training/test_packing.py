@@ -11,6 +11,8 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from alpaca.common.errors import UserError
+from alpaca.models.templates import TokenizedExample
+from alpaca.models.tokenizer import EOS
 from alpaca.training.batches import TrainLoader, added_tokens, eval_batches, optimizer_steps
 from alpaca.training.cuda_graphs import choose_lengths, compile_layers, mask_buffers, next_length, row_lengths
 from alpaca.training.lora import lora_weights
@@ -25,7 +27,6 @@ from alpaca.training.prefix_tree import (
     tree_mask,
     tree_row,
 )
-from dataset import EOS, TokenizedExample
 
 
 def example(prompt, answer):

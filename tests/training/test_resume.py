@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_deepspeed
+from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.batches import TrainLoader
 from alpaca.training.identity import identity_of, own_precision
 from alpaca.training.steps import make_scheduler, use_settings
 from config_utils import load_config, parse_config
-from dataset import encode_examples, read_examples
+from dataset import read_examples
 from harness import ROOT, read_log, run_script, training_options, write_jsonl
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -69,10 +70,11 @@ def identity(base_dir, instruct_data, monkeypatch):
 
     def run(*more, base=base_dir, data=instruct_data, total_steps=50):
         args = parse_config(train_deepspeed.CONFIG, train_deepspeed.__file__, [*options(base, data, "run"), *more])
-        examples = encode_examples(load_tokenizer(base), read_examples(data / "train.txt"))
+        tokenizer = load_tokenizer(base, args.template)
+        examples = encode_examples(tokenizer, read_examples(data / "train.txt"))
         shape = args.train_batch_size, args.gradient_accumulation_steps
         loader = TrainLoader(examples, *shape, list, args.seed)
-        facts = identity_of(args, "fp32", data / "train.txt", loader, total_steps)
+        facts = identity_of(args, tokenizer, "fp32", data / "train.txt", loader, total_steps)
         return json.loads(json.dumps(facts))
 
     return run

@@ -122,9 +122,10 @@ def test_a_loss_that_is_no_number_ends_the_run(workspace, base_dir, tmp_path, tr
 
 
 def test_lines_of_a_step_are_those_of_the_file(base_dir, instruct_data):
+    from alpaca.models.templates import encode_examples
     from alpaca.models.tokenizer import load_tokenizer
     from alpaca.training.batches import TrainLoader
-    from dataset import encode_examples, read_examples
+    from dataset import read_examples
 
     examples = encode_examples(load_tokenizer(base_dir), read_examples(instruct_data / "train.txt"))
     loaders = [TrainLoader(examples, 2, 3, lambda part: [e.line for e in part], 42, rank, 2) for rank in range(2)]

@@ -25,7 +25,8 @@ from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.predictions import predict_rows
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base, load_for_inference
-from alpaca.models.tokenizer import load_tokenizer, tokenizer_sha256
+from alpaca.models.templates import TEMPLATES, encode_examples
+from alpaca.models.tokenizer import load_tokenizer
 from alpaca.scoring.metrics import score
 from alpaca.training.adapter_writer import BestScore
 from alpaca.training.batches import TrainLoader
@@ -37,7 +38,7 @@ from alpaca.training.prefix_tree import make_collate, pad_batch
 from alpaca.training.run_log import TrainLog, series_of
 from alpaca.training.steps import warmup_linear
 from config_utils import load_config, parse_config
-from dataset import PROMPT_SHA256, encode_examples, read_examples
+from dataset import read_examples
 from harness import (
     ROOT,
     assert_same_adapter,
@@ -146,7 +147,10 @@ def test_what_a_run_leaves_behind(workspace, base_dir, trainer):
     args, facts = load_config(run / "adapter_model" / "train_args.json")
     assert (args.lora_r, args.max_steps, args.deepspeed_optimizer_params_lr) == (8, 50, 1e-3)
     assert "local_rank" not in args.nested
-    assert facts["tokenizer_sha256"] == tokenizer_sha256(base_dir) and facts["prompt_sha256"] == PROMPT_SHA256
+    assert (
+        facts["tokenizer_sha256"] == load_tokenizer(base_dir).sha256
+        and facts["prompt_sha256"] == TEMPLATES["alpaca"].sha256
+    )
     assert (facts["labels"], facts["step"]) == (["人名", "地名"], 50)
     assert 5 < facts["text_tokens"] < 60  # at the 80th percentile
     assert args.deepspeed["bf16"]["enabled"] is args.deepspeed["fp16"]["enabled"] is False
@@ -394,7 +398,7 @@ def test_what_can_be_resumed(tmp_path):
         (["--learning_rate=1"], "--deepspeed_optimizer_params_lr"),
         (
             ["--lora_target_modules=q_projj"],
-            "--lora_target_modules=q_projj: .*no layer 'q_projj'; did you mean q_proj?",
+            "--lora_target_modules=q_projj: .*no linear layer 'q_projj'; did you mean q_proj?",
         ),
         pytest.param(
             ["--precision=fp16"],
@@ -471,5 +475,5 @@ def test_values_at_the_ends_of_their_ranges(checked):
 
 def test_a_layer_that_the_base_lacks(checked):
     """PEFT would train the one that is there."""
-    with pytest.raises(UserError, match="no layer 'query_key_value'; there are down_proj, "):
+    with pytest.raises(UserError, match="no linear layer 'query_key_value'; there are down_proj, "):
         checked("--lora_target_modules=q_proj,query_key_value")

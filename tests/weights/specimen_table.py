@@ -72,7 +72,11 @@ REFUSED = {
         "a LoRA on embeddings",
         "a LoRA on embeddings (model.embed_tokens) is unknown here; merge this adapter with PEFT",
     ),
-    "llama3": ("LLaMA-3", "LLaMA-3", "tokenizer.model: LLaMA-3's, which is not supported; use a LLaMA-1 or LLaMA-2"),
+    "llama3": (
+        "LLaMA-3",
+        "LLaMA-3",
+        "tokenizer.model: LLaMA-3's; put the tokenizer.json of its Hugging Face folder there",
+    ),
 }
 
 

@@ -284,7 +284,7 @@ def quantized(folder):
         (only("model.safetensors", "<html>"), "model.safetensors: is an HTML page"),
         (only("adapter_config.json"), "adapter_config.json is a LoRA's; name its folder with --lora_model"),
         (metas, "(config.json is missing); consolidated.00.pth is Meta's; convert them with"),
-        (of_gpt, "config.json: \"model_type\" is 'gpt2'; only LLaMA can be used"),
+        (of_gpt, "config.json: \"model_type\" is 'gpt2'; only llama, mistral, qwen2, qwen3 can be used"),
         (quantized, "its weights are quantized, which is not supported; take the model that is not"),
     ],
 )

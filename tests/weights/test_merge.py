@@ -22,7 +22,8 @@ from alpaca.answering.generate import generate
 from alpaca.models import base_files
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
-from dataset import PROMPT_SHA256, QUERY_PREFIX, build_prompt, encode_prompts
+from alpaca.models.templates import TEMPLATES, encode_prompts, message_of
+from dataset import QUERY_PREFIX
 from harness import run_script as run_command
 from reference_llama import CUT, feed_forward_width, logits
 
@@ -400,7 +401,7 @@ def ner_adapter(folder, tokenizer_file, **train_args):
     digest = hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
     columns = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}
     config = {"model_dir": "base", "max_seq_length": 512, **columns}
-    facts = {"prompt_sha256": PROMPT_SHA256, "tokenizer_sha256": digest, "instructs": ["找出实体"]}
+    facts = {"prompt_sha256": TEMPLATES["alpaca"].sha256, "tokenizer_sha256": digest, "instructs": ["找出实体"]}
     train_args = {"config": config, **facts} | train_args
     (folder / "train_args.json").write_text(json.dumps(train_args))
     return folder
@@ -412,7 +413,7 @@ def test_ner_adapter_keeps_the_bases_tokenizer(chain, tokenizer_models, capsys):
     assert (out / "tokenizer.model").read_bytes() == file.read_bytes()
     assert LlamaForCausalLM.from_pretrained(out).config.vocab_size == ROWS["base"]
     other = ner_adapter(chain / "other", tokenizer_models / "alpaca.model")
-    assert "trained with another tokenizer.model" in fails(capsys, chain / "base", [other], chain / "out2")
+    assert "trained with another tokenizer" in fails(capsys, chain / "base", [other], chain / "out2")
     original = ner_adapter(chain / "original", file, config=None, lora_r=8)
     assert "an adapter of the original scripts" in fails(capsys, chain / "base", [original], chain / "out2")
 
@@ -444,7 +445,7 @@ def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
     with (ROOT / "data/demo/ori_data/dev.txt").open(encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line, _ in zip(file, range(6), strict=False)]
     folder, train_args, facts = find_adapter("demo", str(SHIPPED))
-    prompts = [build_prompt(facts["instructs"][0], QUERY_PREFIX + text) for text in texts]
+    prompts = [message_of(facts["instructs"][0], QUERY_PREFIX + text) for text in texts]
     model, tokenizer = load_for_inference(folder, train_args, facts, str(embedded), None, "fp32", "cpu")
     ids = encode_prompts(tokenizer, prompts)
     expected = [answer.text for answer in generate(model, tokenizer, ids, 64, 4)]
@@ -456,7 +457,8 @@ def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
 
     model, tokenizer = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), AutoTokenizer.from_pretrained(out)
     for prompt, answer in zip(prompts, expected, strict=True):
-        ids = torch.tensor([[1, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+        text = TEMPLATES["alpaca"].prompt(prompt)
+        ids = torch.tensor([[1, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
         new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)[0]
         new = new[ids.shape[1] :].tolist()
         new = new[: new.index(2)] if 2 in new else new
@@ -466,7 +468,7 @@ def test_merged_ner_adapter_answers_as_base_and_adapter(embedded, tmp_path):
 def test_the_shipped_adapter_keeps_the_bases_tasks(embedded):
     """At least 90 % of what the base answers exactly, of 12 questions of each task on held-out templates and names."""
     pytest.importorskip("jieba", reason="the questions are made with jieba's dictionary")
-    from embedded_model.figures import held_out_tasks
+    from embedded_model.figures import held_out_tasks, with_bos
 
     questions = [question for found in held_out_tasks(seed=1, count=12).values() for question in found]
     right = []
@@ -474,7 +476,7 @@ def test_the_shipped_adapter_keeps_the_bases_tasks(embedded):
         model, tokenizer = load_for_inference(
             *find_adapter("demo", lora_model), str(embedded), None, "fp32", "cpu", merge=True
         )
-        ids = encode_prompts(tokenizer, [prompt for prompt, _ in questions])
+        ids = with_bos(tokenizer, questions)
         answers = generate(model, tokenizer, ids, 120, 48)
         right.append(sum(a.text == gold for a, (_, gold) in zip(answers, questions, strict=True)))
     base, shipped = right
@@ -657,7 +659,7 @@ class Evil:
         ("llama/tokenizer.model", b"version https://git-lfs.github.com/spec/v1", "tokenizer.model: is a Git LFS"),
         ("llama/tokenizer.model", b"half", "tokenizer.model: not a SentencePiece model"),
         ("base/config.json", b"\xff", "config.json: not valid JSON"),
-        ("base/config.json", b'{"model_type": "gpt2"}', "\"model_type\" is 'gpt2'; only LLaMA"),
+        ("base/config.json", b'{"model_type": "gpt2"}', "\"model_type\" is 'gpt2'; only llama"),
         ("base/model.safetensors", b"\xff" * 100, "model.safetensors: damaged"),
         (
             "base/model.safetensors.index.json",
