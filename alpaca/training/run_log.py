@@ -2,8 +2,10 @@
 
 import json
 import logging
+import statistics
 import time
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +25,11 @@ class TrainLog:
         if is_main():
             repair_log(self.path)
         self.since_step, self.since = first_step, time.time()
-        self.first_step, self.steps, self.first_ended = first_step, 0, None  # steps: of this process
+        self.first_step, self.steps, self.ends = (
+            first_step,
+            0,
+            [],
+        )  # steps: of this process; ends: when the first ones ended
         self.draws, self.board = is_main(), None
         if tensorboard and is_main():
             from torch.utils.tensorboard import SummaryWriter  # check_options has looked for it
@@ -36,12 +42,14 @@ class TrainLog:
         with quiet_if_gone():
             self.bar.update()
         self.steps += 1
+        if self.steps <= TIMED_STEPS:
+            self.ends.append(time.time())
         if self.steps == 1:
-            self.first_ended = time.time()
             say_peak("第 1 步后")
         left = self.total - self.first_step - self.steps
         if self.steps == TIMED_STEPS and left:
-            seconds = (time.time() - self.first_ended) / (TIMED_STEPS - 1)
+            # the median: between two there may be a save, an evaluation or a compilation
+            seconds = statistics.median(end - before for before, end in pairwise(self.ends))
             say(
                 f"每步 {seconds:.2f} 秒，余下 {left} 步约需 {timedelta(seconds=round(seconds * left))}（不算保存和评估）"
             )

@@ -18,7 +18,7 @@ from alpaca.common.errors import UserError
 from alpaca.training.adapter_writer import BestScore, adapter_step
 from alpaca.training.checkpoints import complete_checkpoints, start_run
 from alpaca.training.run_log import evaluated_steps, repair_log
-from alpaca.training.steps import catch_signals, shared_state, with_learning_rate
+from alpaca.training.steps import catch_signals, seed_step, shared_state, with_learning_rate
 from harness import ROOT, free_port, needs_two_gpus, read_log, run_script, training_options
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -151,7 +151,7 @@ def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_
     """The losses are finite, only one of two ranks has such gradients, and DeepSpeed leaves the steps out: one is said and
     logged, five in a row end both ranks."""
     patch = NAN_GRADIENTS.replace("{steps}", "(2, 4, 5, 6, 7, 8)").replace("{rank}", "1")
-    more = ["--max_steps=20", "--save_steps=3", "--eval_steps=-1", f"--precision={precision}"]
+    more = ["--max_steps=20", "--save_steps=3", "--eval_steps=-1", "--log_steps=2", f"--precision={precision}"]
     more += [f"--deepspeed_zero_optimization_stage={stage}"]
     given = [*options(base_dir, instruct_data, tmp_path / "run"), *more]
     result = run_two_ranks(trainer, patch, given, tmp_path)
@@ -159,8 +159,11 @@ def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_
     assert result.returncode == 2 and "rank 1: 2" in result.stderr and "Traceback" not in result.stderr, result.stderr
     assert len(errors) == 2 and all("step 8: the gradients of 5 steps are NaN or infinite" in error for error in errors)
     assert result.stderr.count("梯度是 NaN 或无穷") == 6
-    assert [row.get("skipped", 0) for row in read_log(tmp_path / "run")] == [0, 1, 0, 1, 1, 1, 1]
-    assert [path.name for path in complete_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+    assert [row["skipped"] for row in read_log(tmp_path / "run")] == [1, 1, 2]
+    checkpoints = complete_checkpoints(tmp_path / "run")
+    assert [path.name for path in checkpoints] == ["checkpoint-3", "checkpoint-6"]
+    _, losses = json.loads((checkpoints[0] / "complete").read_text(encoding="utf-8"))["interval"]
+    assert losses == 1  # those since the last log, at step 2, as a mean over ranks
 
 
 @needs_two_gpus
@@ -295,6 +298,15 @@ def test_each_signal_asks_for_one_save():
     assert send(hangup, term, ignored=[hangup]) == term  # under nohup
 
 
+def test_dropout_is_drawn_anew_for_each_step_and_rank():
+    def drawn(*place):
+        seed_step(*place)
+        return torch.rand(1).item()
+
+    places = [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0)]
+    assert len({drawn(*place) for place in places}) == 4 and drawn(1, 0, 1) == drawn(1, 0, 1)
+
+
 def test_what_a_step_has_met(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     assert shared_state(torch.tensor(1.0), False, []) == [0, 0, 0]
@@ -322,7 +334,8 @@ def write_facts(adapter, **facts):
 
 def test_nan_is_never_the_best(tmp_path):
     best = BestScore(tmp_path, "f1")
-    assert [best.improves({"eval_f1": score}) for score in (float("nan"), 0.2, float("nan"), 0.1)] == [0, 1, 0, 0]
+    scores = (float("nan"), 0.2, float("nan"), 0.1, float("inf"), 0.3)
+    assert [best.improves({"eval_f1": score}) for score in scores] == [0, 1, 0, 0, 0, 1]
     write_facts(tmp_path / "adapter_model", eval_f1=float("nan"))
     assert BestScore(tmp_path, "f1").improves({"eval_f1": 0.0})
 

@@ -163,6 +163,7 @@ def test_a_run_can_be_watched(workspace, trainer):
     run = workspace / "checkpoint" / "mine" / trainer
     log = read_log(run)
     assert [row["examples"] for row in log if "loss" in row][32:37] == [198, 204, 205, 211, 217]
+    assert [row["epoch"] for row in log] == [row["step"] / 35 for row in log]
     events = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
     for name in ("loss", "lr", "eval_loss"):
         written = [(event.step, event.value) for event in events.Scalars(name)]
@@ -192,20 +193,28 @@ def test_a_picture_that_cannot_be_drawn_is_said_once_and_ends_nothing(tmp_path, 
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["train_log.jsonl", "training.png"]
 
 
-def test_the_time_that_is_left_and_the_memory_are_said(tmp_path, monkeypatch, capsys):
-    """Without the first step, which compiles. The memory is what a card must have, free parts of its blocks included."""
+def test_the_time_that_is_left_the_speed_and_the_memory_are_said(tmp_path, monkeypatch, capsys):
+    """Time and speed without an evaluation, the time also without the first step, which compiles. The memory is what a card
+    must have, free parts of its blocks included."""
     clock = SimpleNamespace(now=0, time=lambda: clock.now)
     monkeypatch.setattr("alpaca.training.run_log.time", clock)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: (10 + clock.now) * 2**30)
     log = TrainLog(tmp_path, TrainLoader([None] * 120, 3, 1, list, 42), 40, first_step=5)
-    for seconds in (30, *[2] * 11):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    for step, seconds in enumerate((30, *[2] * 11), 6):
         clock.now += seconds
         log.step()
+        if step in (11, 15):
+            log.write(step, loss=1.0, lr=0.1)
+        if step == 11:
+            clock.now += 100
+            log.write(step, eval_loss=1.0)
     log.close()
+    assert [json.loads(line).get("examples_per_second") for line in log.path.open()] == [18 / 40, None, 12 / 8]
     said = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "峰值" in line or "约需" in line]
     left = "每步 2.00 秒，余下 25 步约需 0:00:50（不算保存和评估）"
-    assert said == ["第 1 步后显存峰值 40.0 GiB", left, "训练结束，显存峰值 62.0 GiB"]
+    assert said == ["第 1 步后显存峰值 40.0 GiB", left, "训练结束，显存峰值 162.0 GiB"]
 
 
 def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
@@ -348,9 +357,11 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
     for example, row in zip(examples[:6], rows, strict=False):  # of which it is thus right
         example.update(answer=row["prediction"], entities=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
     f1 = evaluate_f1(model, tokenizer, examples, facts["labels"])
     rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
     assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
+    assert model.training and all(layer.training for layer in model.modules())
 
     answered = []  # by rank 0, then by both
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
