@@ -68,13 +68,13 @@ def identity(base_dir, instruct_data, monkeypatch):
     """identity_of a run with these options on this base and this data."""
     monkeypatch.chdir(ROOT)
 
-    def run(*more, base=base_dir, data=instruct_data, total_steps=50):
+    def run(*more, base=base_dir, data=instruct_data, precision="fp32"):
         args = parse_config(train_deepspeed.CONFIG, train_deepspeed.__file__, [*options(base, data, "run"), *more])
         tokenizer = load_tokenizer(base, args.template)
         examples = encode_examples(tokenizer, read_examples(data / "train.txt"))
         shape = args.train_batch_size, args.gradient_accumulation_steps
         loader = TrainLoader(examples, *shape, list, args.seed)
-        facts = identity_of(args, tokenizer, "fp32", data / "train.txt", loader, total_steps)
+        facts = identity_of(args, tokenizer, precision, data / "train.txt", loader, 50)
         return json.loads(json.dumps(facts))
 
     return run
@@ -123,8 +123,9 @@ def differing(ours, theirs):
     return [name for name in ours if ours[name] != theirs[name]]
 
 
-def test_data_and_base_are_known_by_what_they_hold(identity, base_dir, instruct_data, tmp_path):
+def test_data_and_base_are_known_by_what_they_hold(identity, base_dir, instruct_data, tokenizer_models, tmp_path):
     ours = identity()
+    assert differing(ours, identity(precision="bf16")) == ["precision"]
     copy, data = tmp_path / "copy", tmp_path / "data"
     shutil.copytree(base_dir, copy)
     shutil.copytree(instruct_data, data)
@@ -132,6 +133,9 @@ def test_data_and_base_are_known_by_what_they_hold(identity, base_dir, instruct_
     rows = (data / "train.txt").read_text(encoding="utf-8").splitlines()
     write_jsonl(data / "train.txt", [json.loads(row) for row in (*rows[1:], rows[0])])
     assert differing(ours, identity(base=copy, data=data)) == ["train_data_sha256"]
+    shutil.copy(tokenizer_models / "merged.model", copy / "tokenizer.model")
+    assert differing(ours, identity(base=copy)) == ["base_tokenizer_sha256"]
+    shutil.copy(base_dir / "tokenizer.model", copy)
     weights = load_file(copy / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][-1, -1] += 1
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
