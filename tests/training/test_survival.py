@@ -198,7 +198,18 @@ def test_resuming_an_earlier_step_puts_the_later_ones_aside(tmp_path, alone):
     start_run(tmp_path, checkpoint_to_resume(tmp_path, "5"))
     write_checkpoint(tmp_path, 8, limit=1)
     assert checkpoint_to_resume(tmp_path, "True") == tmp_path / "checkpoint-8"
+    assert not (tmp_path / "checkpoint-5.old-1").exists()
     assert (tmp_path / "checkpoint-15.old-1" / "state").read_text(encoding="utf-8") == "15"
+
+
+def test_what_rank_0_refuses_the_others_refuse_too(monkeypatch):
+    """They would go on, and wait for it at the next message."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(checkpoints.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(checkpoints.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(checkpoints.dist, "broadcast_object_list", lambda answer, src: answer.__setitem__(1, "in use"))
+    with pytest.raises(UserError, match="in use"):
+        checkpoints.from_main(lambda: pytest.fail("this is rank 0's to ask"))
 
 
 def names(folder):
