@@ -18,7 +18,7 @@ from alpaca.common.errors import UserError
 from alpaca.training.adapter_writer import BestScore, adapter_step
 from alpaca.training.checkpoints import complete_checkpoints, start_run
 from alpaca.training.run_log import evaluated_steps, repair_log
-from alpaca.training.steps import catch_signals, seed_step, shared_state, with_learning_rate
+from alpaca.training.steps import catch_signals, seed_step, shared_state, signalled, with_learning_rate
 from harness import ROOT, free_port, needs_two_gpus, read_log, run_script, training_options
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -311,6 +311,15 @@ def test_what_a_step_has_met(monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     assert shared_state(torch.tensor(1.0), False, []) == [0, 0, 0]
     assert shared_state(torch.tensor(float("inf")), True, [signal.SIGHUP, signal.SIGTERM]) == [1, 1, signal.SIGHUP]
+
+
+def test_what_one_rank_has_met_all_have(monkeypatch):
+    """Here another rank, of which only its share of the maximum is seen: a signal, a loss and an update that are no numbers."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    theirs = torch.tensor([1, 1, signal.SIGTERM])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, op: t.copy_(torch.maximum(t, theirs[-len(t) :])))
+    assert shared_state(torch.tensor(1.0), False, []) == [1, 1, signal.SIGTERM]
+    assert signalled([], "cpu") == signal.SIGTERM
 
 
 def test_a_terminal_that_is_gone_ends_nothing():
