@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from alpaca.common.devices import check_launcher
 from alpaca.common.errors import UserError
 from alpaca.training.adapter_writer import BestScore, adapter_step
 from alpaca.training.checkpoints import complete_checkpoints, start_run
+from alpaca.training.run import Run
 from alpaca.training.run_log import evaluated_steps, repair_log
 from alpaca.training.steps import catch_signals, seed_step, shared_state, signalled, with_learning_rate
 from harness import ROOT, free_port, needs_two_gpus, read_log, run_script, training_options
@@ -357,6 +359,37 @@ def test_the_best_is_remembered(tmp_path, capsys):
     start_run(run, checkpoint)
     best = BestScore(run, "loss")
     assert adapter_step(run) == 10 and not best.improves({"eval_loss": 0.6}) and best.improves({"eval_loss": 0.4})
+
+
+def test_an_evaluation_is_logged_when_its_adapter_is_saved(monkeypatch):
+    """What is logged is not done again by a run that is resumed."""
+    done = []
+    monkeypatch.setattr("alpaca.training.run.evaluate_loss", lambda *given: 1.0)
+    args, best = SimpleNamespace(train_batch_size=1, eval_examples=0), SimpleNamespace(improves=lambda scores: True)
+    run = SimpleNamespace(args=args, dev_set=[], collate=None, rank=0, world_size=1, model=None, device=None, signal=0)
+    run.best, run.save_adapter = best, lambda step, **scores: done.append(("saved", step, scores))
+    run.log = SimpleNamespace(write=lambda step, **scores: done.append(("logged", step, scores)))
+    vars(run)["_asked_to_end"] = None
+    assert Run.evaluate(run, 5) == {"eval_loss": 1.0}
+    assert done == [("saved", 5, {"eval_loss": 1.0}), ("logged", 5, {"eval_loss": 1.0})]
+
+
+def test_when_a_run_saves_and_when_a_signal_ends_it():
+    """Before the first evaluation, every four steps, at the end, at a signal; never the same step twice. A signal ends no run
+    of which nothing is left to do."""
+
+    def steps(method, eval_steps=3, **state):
+        args = SimpleNamespace(save_steps=4, eval_steps=eval_steps)
+        run = SimpleNamespace(args=args, total_steps=10, signal=0, checkpoint_step=None)
+        run.evaluation_due = lambda step: Run.evaluation_due(run, step)
+        vars(run).update(state)
+        return [step for step in range(1, 11) if method(run, step)]
+
+    assert steps(Run.save_due) == [3, 4, 6, 8, 9, 10]
+    assert steps(Run.save_due, checkpoint_step=4) == [8, 10] and steps(Run.save_due, eval_steps=-1) == [4, 8, 10]
+    assert steps(Run.save_due, checkpoint_step=4, signal=15) == [1, 2, 3, *range(5, 11)]
+    assert steps(Run.must_end) == [] and steps(Run.must_end, signal=15) == [*range(1, 11)]
+    assert steps(Run.must_end, eval_steps=-1, signal=15) == [*range(1, 10)]
 
 
 def test_half_a_record_is_cut_off(tmp_path):

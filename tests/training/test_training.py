@@ -193,6 +193,16 @@ def test_a_picture_that_cannot_be_drawn_is_said_once_and_ends_nothing(tmp_path, 
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["train_log.jsonl", "training.png"]
 
 
+def test_tensorboard_keeps_what_a_resumed_run_goes_on_from(tmp_path):
+    for first_step, losses in ((0, [1.0, 2.0, 3.0]), (2, [9.0])):
+        log = TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3, first_step, tensorboard=True)
+        for step, loss in enumerate(losses, first_step + 1):
+            log.write(step, loss=loss, lr=0.1)
+        log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 9.0)]
+
+
 def test_the_time_that_is_left_the_speed_and_the_memory_are_said(tmp_path, monkeypatch, capsys):
     """Time and speed without an evaluation, the time also without the first step, which compiles. The memory is what a card
     must have, free parts of its blocks included."""
