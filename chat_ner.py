@@ -16,12 +16,11 @@ start()
 import contextlib
 import json
 
-import torch
-
 from alpaca.answering.generate import sampler, stream, without_template
 from alpaca.answering.predictions import make_grammar
 from alpaca.answering.standby import Standby
 from alpaca.common.console import progress, say
+from alpaca.common.devices import pick_device
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import SURROGATE
 from alpaca.corpora.inputs import read_inputs
@@ -43,7 +42,8 @@ CONFIG = {
     "interactive": True,  # True: ask for inputs in the terminal, unless data_file is given | False: only answer data_file
     "data_file": None,  # file of inputs to answer, one a line; None: no file
     "predictions_file": "predictions.txt",  # file for the answers to data_file, a JSON list of {"Input", "Output"}
-    "gpus": "0",  # number of the GPU to use; the first is 0
+    "devices": "0",  # number of the GPU to use | auto: a base that is too large for one is spread over all
+    "gpus": None,  # the same, as the original scripts call it
     "only_cpu": False,  # True: compute on the CPU even where there is a GPU
     "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
     "max_new_tokens": 512,  # most tokens of an answer; a longer one is cut
@@ -80,15 +80,6 @@ def chat_message(line, instructs):
     return message_of(line, ""), None
 
 
-def pick_device(gpus, only_cpu):
-    if only_cpu or not torch.cuda.is_available():
-        return "cpu"
-    first = gpus.split(",")[0].strip()
-    if not first.isdigit() or int(first) >= torch.cuda.device_count():
-        raise UserError(f"--gpus={gpus}: expected a number below {torch.cuda.device_count()}, the number of GPUs here")
-    return f"cuda:{first}"
-
-
 def check_sampling(args):
     if args.temperature < 0:
         raise UserError(f"--temperature={args.temperature}: expected 0 (always the likeliest token) or more")
@@ -113,7 +104,7 @@ def main(args):
     alone = args.base_model and args.lora_model == "auto"
     adapter, train_args, facts = find_adapter("demo", "none" if alone else args.lora_model, args.base_model)
     output = open_output(args.predictions_file) if args.data_file else None
-    device = pick_device(args.gpus, args.only_cpu)
+    device = "cpu" if args.only_cpu else pick_device(args.gpus or args.devices)
     model, tokenizer = load_for_inference(
         *(adapter, train_args, facts, args.base_model, args.tokenizer_path),
         device=device,

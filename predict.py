@@ -54,6 +54,7 @@ CONFIG = {
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
     "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
+    "devices": "0",  # number of the GPU to use | auto: a base that is too large for one is spread over all
 }
 SAMPLES = [
     {"text": "中美两国的专家上周在杭州参观了临江大学，校长许文舟主持了座谈。",
@@ -112,12 +113,11 @@ def main(args):
     labels, instruct, query_prefix = task_of(facts)
     if len(facts.get("instructs", [])) > 1 and without_instruct:
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
-    processes = Processes()
+    processes, output = Processes(), nullcontext()
 
     def examples():
         return (example_of_input(record, instruct, query_prefix) for record in texts_asked_for(args))
 
-    output = nullcontext()
     if args.output_path and not processes.rank:
         task = {"instruct": instruct, "labels": labels, "query_prefix": query_prefix}
         made = made_with(args, adapter, train_args, facts, args.input_path, **task, min_confidence=args.min_confidence)

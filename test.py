@@ -55,6 +55,7 @@ CONFIG = {
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
     "precision": "auto",  # auto | bf16 | fp16 | fp32: number format to compute in; auto: the best that the device has
     "base_weights": "auto",  # auto | full | nf4 | fp8: how the base is held; auto: as the adapter was trained, where that is possible
+    "devices": "0",  # number of the GPU to use | auto: a base that is too large for one is spread over all
     "max_examples": -1,  # test only the first N examples; -1: all
 }
 WRITTEN = {  # metric -> files
@@ -97,10 +98,8 @@ def main(args):
     processes, output = Processes(), nullcontext()
     if not processes.rank:
         task = {**columns, "labels": labels, "nested": nested, "metric": args.metric}
+        remedy = "name a copy of the adapter elsewhere with --lora_model" if adapter else "make its folder writable"
         made = made_with(args, adapter, train_args, facts, dev_path, **task)
-        remedy = (
-            "name a copy of the adapter in another folder with --lora_model" if adapter else "make its folder writable"
-        )
         output = row_file(out / "predictions.jsonl", made, len(examples), args.resume, remedy)
     with output as file:
         first = file.first if file else 0

@@ -28,7 +28,7 @@ from alpaca.training.batches import TrainLoader
 from alpaca.training.lora import add_lora
 from alpaca.training.loss import answer_loss
 from alpaca.training.prefix_tree import make_collate
-from benchmarks.speed_inputs import SHAPES, random_quantized, read_corpus
+from benchmarks.speed_inputs import SHAPES, random_model, read_corpus
 from benchmarks.speed_peers import TARGETS
 from config_utils import run_script
 
@@ -74,7 +74,7 @@ def main(args):
 def measure(shape, vocab_size, batches, args, dtype, device):
     """One line of what loading and the steps took."""
     began = time.perf_counter()
-    model = add_lora(random_quantized(shape, vocab_size, args.base_weights, dtype, device), SETTINGS).to(dtype)
+    model = add_lora(random_model(shape, vocab_size, dtype, device, args.base_weights), SETTINGS).to(dtype)
     loaded, losses = time.perf_counter() - began, []
     held = torch.cuda.memory_allocated() / 2**30 if device.type == "cuda" else 0
     optimizer = torch.optim.Adam([model.lora], lr=1e-4)

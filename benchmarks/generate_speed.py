@@ -3,11 +3,13 @@
     python benchmarks/generate_speed.py                                # CPU: the tiny model with the shipped adapter
     python benchmarks/generate_speed.py --precision=fp32
     python benchmarks/generate_speed.py --shape=7b --corpus=msra_train.txt --tokenizer=tokenizer.model
+    python benchmarks/generate_speed.py --shape=33b --spread_gib=40 --how=constrained --corpus=… --tokenizer=…
     python benchmarks/generate_speed.py --gpus=1,2 --corpus=msra_train.txt --base_model=7B-hf      # predict.py as a whole
 
 --shape=7b makes a model of LLaMA 7B's shape with random weights on the GPU, --shape=qwen2.5-7b one of that shape, its
 vocabulary the given one and fillers; its results have its name in that of the file. Left to itself it would answer nonsense of
-any length; so every answer is forced to be the right one, and lengths and masks are those of a good model.
+any length; so every answer is forced to be the right one, and lengths and masks are those of a good model. --spread_gib:
+its layers are spread over the GPUs, as by --devices=auto where none can hold more than so much of it.
 
 how: single (one example at a time, the full prompt, model.generate), padded (model.generate on batches, padded on the
 left, similar lengths together), ours (generate.py without a grammar), constrained (with it), apart (constrained, the
@@ -56,13 +58,15 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from alpaca.models.templates import encode_examples
-from benchmarks.speed_inputs import BIG, LABELS, SHAPES, random_7b, read_corpus, save_vocabulary
+from benchmarks.speed_inputs import LABELS, SHAPES, random_model, read_corpus, save_vocabulary
 from config_utils import run_script
 from dataset import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
-    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b | qwen2.5-7b (random, 13 GB)
+    "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b … 65b | qwen2.5-7b (random weights)
+    "base_weights": "full",  # full | nf4 | fp8: how random weights are held
+    "spread_gib": 0.0,  # random weights on several GPUs, at most so many GiB on each; 0: on one
     "batch": [64],  # rows at a time
     "how": ["single", "padded", "ours", "constrained"],  # see above
     "compile": "auto",  # auto: layers are compiled where the work repays it | True: as for a long work
@@ -91,14 +95,17 @@ def load(args, device, merge=True):
         )
         path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
         return model, tokenizer, examples_of(path) if args.corpus else read_examples(path)
-    if args.shape not in BIG or not args.tokenizer or not args.corpus:
+    if args.shape not in SHAPES or not args.tokenizer or not args.corpus:
         raise UserError(
-            f"--shape: expected tiny, or {' or '.join(BIG)} with --tokenizer=<tokenizer.model> and --corpus=<JSON lines>"
+            f"--shape: expected one of {', '.join(SHAPES)}, but for tiny with --tokenizer=<tokenizer.model> and "
+            "--corpus=<JSON lines>"
         )
     tokenizer = save_vocabulary(args.tokenizer, ROOT / "benchmarks" / "work" / "tokenizer", args.shape)
     torch.manual_seed(0)
-    model = random_7b(args.shape, len(tokenizer), DTYPES[pick_precision(args.precision, device)], device)
-    return model.eval().requires_grad_(False), tokenizer, examples_of(args.corpus)
+    dtype, most = DTYPES[pick_precision(args.precision, device)], int(args.spread_gib * 2**30)
+    memory = {number: most for number in range(torch.cuda.device_count()) if most}
+    model = random_model(args.shape, len(tokenizer), dtype, device, args.base_weights, memory)
+    return model, tokenizer, examples_of(args.corpus)
 
 
 def copy_rate(device):
@@ -290,8 +297,8 @@ def main(args):
             speed = with_vllm(args.vllm_python, tokenizer.vocab_size, examples, batch)
             results.append({"how": how, "batch": batch, "examples": len(chosen), "examples_per_second": speed})
             continue
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        for number in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(number)
         ours, firsts, setup = how not in ("single", "padded"), [], 0.0
         # once for the warm-up; ours on a GPU twice, since the first run compiles and captures
         for part in (slice(min(8, len(chosen))), *[slice(None)] * (1 + (ours and device == "cuda"))):
@@ -327,8 +334,10 @@ def main(args):
             row |= {"constraint_share": round(counts["constraint"] / seconds, 3), "setup_s": round(setup, 1)}
             row |= {"first_cold_s": round(firsts[1], 2), "first_warm_s": round(firsts[-1], 2)}
         if device == "cuda":
-            row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-            row |= {"bandwidth_share": round(needed / rate / seconds, 3)} if counts["steps"] else {}
+            peaks = [torch.cuda.max_memory_allocated(number) / 2**30 for number in range(torch.cuda.device_count())]
+            row["peak_gib"] = round(max(peaks), 1)  # of the fullest GPU
+            full = args.base_weights == "full" and counts["steps"]
+            row |= {"bandwidth_share": round(needed / rate / seconds, 3)} if full else {}
         results.append(row)
         say(" | ".join(f"{key} {value}" for key, value in row.items()))
         other = "" if args.shape in ("tiny", "7b") else f"-{args.shape}"

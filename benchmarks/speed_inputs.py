@@ -4,11 +4,13 @@ from pathlib import Path
 
 import torch
 from sentencepiece import sentencepiece_model_pb2
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from alpaca.common.text_files import read_jsonl
+from alpaca.models.base_files import EMBEDDING
 from alpaca.models.base_weights import complete, put_weight
 from alpaca.models.layers import meta_model
+from alpaca.models.spread import place_of, spread
 from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from dataset import INSTRUCT, QUERY_PREFIX, format_answer
 
@@ -64,22 +66,16 @@ def _config(shape, vocab_size):
     return AutoConfig.for_model(**sizes)
 
 
-def random_7b(shape, vocab_size, dtype, device):
-    """A causal LM of one of SHAPES with random weights."""
+def random_model(shape, vocab_size, dtype, device, base_weights="full", memory=None):
+    """A causal LM of one of SHAPES with random weights, made, and quantized, matrix by matrix: a device that could not hold
+    the full model can. memory: spread over GPUs of which each has so many bytes for weights, see spread.py."""
     config = _config(shape, vocab_size)
     config.dtype = dtype
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
-def random_quantized(shape, vocab_size, base_weights, dtype, device):
-    """The same of a shape of SHAPES, made and quantized matrix by matrix: a device that could not hold the full model can."""
-    model = meta_model(_config(shape, vocab_size)).to(dtype)
+    model = meta_model(config).to(dtype)
+    places = spread(model, base_weights, memory) if memory else {"": device}
     for name, tensor in model.state_dict().items():
-        random = torch.ones if tensor.dim() == 1 else torch.randn  # norms
-        weight = random(tensor.shape, dtype=dtype, device=device)
-        put_weight(model, name, weight if tensor.dim() == 1 else weight.mul_(0.02), base_weights, dtype, device)
-    return complete(model, device)
+        place, matrix = place_of(places, name), tensor.dim() > 1
+        make = torch.randn if matrix else torch.zeros if name.endswith(".bias") else torch.ones  # ones: norms
+        weight = make(tensor.shape, dtype=dtype, device=place)
+        put_weight(model, name, weight.mul_(0.02) if matrix else weight, base_weights, dtype, place)
+    return complete(model, place_of(places, EMBEDDING))

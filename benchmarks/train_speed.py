@@ -52,7 +52,7 @@ from alpaca.common.errors import UserError
 from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.prefix_tree import tree_row
-from benchmarks.speed_inputs import BIG, random_7b, read_corpus, save_vocabulary
+from benchmarks.speed_inputs import BIG, random_model, read_corpus, save_vocabulary
 from benchmarks.speed_peers import run_peer
 from config_utils import run_script
 from dataset import read_examples
@@ -113,7 +113,7 @@ def write_inputs(args, work):
             raise UserError(f"--shape={args.shape}: also give --tokenizer=<tokenizer.model>")
         tokenizer = save_vocabulary(args.tokenizer, model_dir, args.shape)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = random_7b(args.shape, len(tokenizer), torch.bfloat16, device)
+        model = random_model(args.shape, len(tokenizer), torch.bfloat16, device)
         model.save_pretrained(model_dir)
         del model
         torch.cuda.empty_cache()

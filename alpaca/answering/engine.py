@@ -9,7 +9,7 @@ from alpaca.answering.grammar import forbid
 from alpaca.answering.graphs import CapturedStepper, step_sizes
 from alpaca.answering.prefixes import begins, find_prefixes
 from alpaca.answering.row import Row
-from alpaca.answering.slots import Slots
+from alpaca.answering.slots import Slots, device_runs
 from alpaca.answering.standby import adapter_in_use
 from alpaca.answering.step import Part, Stepper
 from alpaca.common.console import say
@@ -43,7 +43,8 @@ class Engine:
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.device, self.dtype, self.config = causal.lm_head.weight.device, causal.lm_head.weight.dtype, causal.config
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        self.flash = flash_works(self.device, self.dtype, size)
+        self.runs = device_runs(causal.model.layers)
+        self.flash = all(flash_works(device, self.dtype, size) for device, _ in self.runs)
         self.most_tokens, self.standby, self.expected, self.capture_later = STEP_TOKENS, standby, expected, False
         # said: rows whose last token is not written down yet; behind: that waits until the next step is under way
         self.rows, self.ended, self.said, self.behind, self.answered = [], [], [], False, False
@@ -98,7 +99,7 @@ class Engine:
             ):  # an operation that writes into them wants tensors that count their versions
                 spare = int(self.flash)
                 longest = positions_of(self.config) if self.expected else None
-                kind = self.config, self.device, self.dtype
+                kind = self.config, self.runs, self.dtype
                 self.slots = Slots(*kind, rows, self.at_once, not self.flash, spare, longest)
         self.at_once = min(self.at_once, self.slots.count)
         self.most = LONGEST_PART if self.flash else self.most_tokens  # tokens of one row in a step
@@ -117,7 +118,8 @@ class Engine:
             self.standby.rows[adapter] += count
             count = self.standby.rows[adapter]
         steps = count * ROW_STEPS / self.at_once
-        if self.flash and adapter not in self.captured and steps >= CAPTURE_STEPS * len(step_sizes(self.at_once)):
+        enough = steps >= CAPTURE_STEPS * len(step_sizes(self.at_once))
+        if self.flash and len(self.runs) == 1 and adapter not in self.captured and enough:
             self.capture(adapter, count >= COMPILE_ROWS)
         if adapter in self.captured:
             self.step, self.behind = self.captured[adapter], True

@@ -2,7 +2,10 @@
 
 What all prompts begin with is kept once, beside the slots. A row's own tokens stand in neighbouring slots, so that they
 are one piece of memory; a row that outgrows its slots takes the next one, or moves to where there are enough.
+Each layer's memory is on the layer's device.
 """
+
+from itertools import groupby
 
 import torch
 
@@ -30,23 +33,29 @@ def longest_row(rows):
     return max(row.own(row.limit) for row in rows)
 
 
-class Slots:
-    """`count` slots of `places` tokens each.
+def device_runs(layers):
+    """[(device, how many of a model's layers in a row are on it)]."""
+    devices = (next(layer.parameters()).device for layer in layers)
+    return [(device, len(list(run))) for device, run in groupby(devices)]
 
-    kept: keys and values, [layers, 2, slots, places, heads, size]; by_heads: [layers, 2, slots, heads, places, size].
-    shared: those of `prefixes`, one behind the other, [layers, 2, tokens, heads, size], or by heads. spare: how many slots there are beyond `count`, which no row takes: what padding leaves
-    behind goes there. longest: tokens that a row may come to, where there will be others than `rows`.
+
+class Slots:
+    """`count` slots of `places` tokens each. runs: see device_runs.
+
+    kept: keys and values, for each run [layers, 2, slots, places, heads, size]; by_heads: [layers, 2, slots, heads, places,
+    size]. shared: those of `prefixes`, one behind the other, for each run [layers, 2, tokens, heads, size], or by heads.
+    spare: how many slots there are beyond `count`, which no row takes: what padding leaves behind goes there. longest:
+    tokens that a row may come to, where there will be others than `rows`.
     """
 
-    def __init__(self, config, device, dtype, rows, at_once, by_heads, spare=0, longest=None):
+    def __init__(self, config, runs, dtype, rows, at_once, by_heads, spare=0, longest=None):
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        heads, self.heads, self.dtype, self.spare = config.num_key_value_heads, config.num_key_value_heads, dtype, spare
         self.places, self.by_heads = slot_places(rows), by_heads
         own = -(-(longest or longest_row(rows)) // self.places)  # slots of the longest row there may be
         prefix = max(len(row.prefix.tokens) for row in rows)
-        in_memory = int(MEMORY_SHARE * free_memory(device)) // (
-            2 * layers * heads * size * dtype.itemsize * self.places
-        )
+        of_layer = 2 * heads * size * dtype.itemsize * self.places
+        in_memory = min(int(MEMORY_SHARE * free_memory(device)) // (of_layer * layers) for device, layers in runs)
         least = max(own, -(-prefix // self.places))  # one row can always end, and a prefix be read
         wanted = min(own, SLOTS_PER_ROW) * at_once
         if in_memory < wanted:  # a multiple, so that what was compiled for it fits a later one too
@@ -54,24 +63,33 @@ class Slots:
         self.count = max(least, wanted)
         shape = (heads, self.places) if by_heads else (self.places, heads)
         # Zeros: what a row has not written yet is multiplied by 0, and 0 times not-a-number would not be 0.
-        self.kept = torch.zeros(layers, 2, self.count + spare, *shape, size, dtype=dtype, device=device)
-        self.shared = self.kept.new_zeros(layers, 2, *((heads, 0) if by_heads else (0, heads)), size)
+        self.kept = [
+            torch.zeros(layers, 2, self.count + spare, *shape, size, dtype=dtype, device=device)
+            for device, layers in runs
+        ]
+        none = (heads, 0) if by_heads else (0, heads)
+        self.shared = [kept.new_zeros(len(kept), 2, *none, size) for kept in self.kept]
         self.prefixes = [NO_PREFIX]
         self.taken = [False] * self.count
 
+    def of_layers(self):
+        """Yield (kept, shared) of each layer."""
+        for kept, shared in zip(self.kept, self.shared, strict=True):
+            yield from zip(kept, shared, strict=True)
+
     def take_out(self, row):
         """A copy of what a row holds, shaped as `shared`; its slots are free again."""
-        kept = self.kept[:, :, row.first : row.first + row.width]
+        kept = [kept[:, :, row.first : row.first + row.width] for kept in self.kept]
         if self.by_heads:
-            held = kept.transpose(2, 3).flatten(3, 4)[:, :, :, : row.read].clone()
+            held = [part.transpose(2, 3).flatten(3, 4)[:, :, :, : row.read].clone() for part in kept]
         else:
-            held = kept.flatten(2, 3)[:, :, : row.read].clone()
+            held = [part.flatten(2, 3)[:, :, : row.read].clone() for part in kept]
         self.release(row)
         return held
 
     @property
     def shared_places(self):
-        return self.shared.shape[3 if self.by_heads else 2]
+        return self.shared[0].shape[3 if self.by_heads else 2]
 
     def share(self, prefixes, held):
         """Keep these prefixes from now on. held: what take_out gave of a row of each. In the memory that there is, if it
@@ -79,9 +97,11 @@ class Slots:
         places, dim = sum(len(prefix.tokens) for prefix in prefixes), 3 if self.by_heads else 2
         if places > self.shared_places:
             room = places if self.by_heads else -(-places // SHARED_PLACES) * SHARED_PLACES
-            shape = [*self.shared.shape[:dim], room, *self.shared.shape[dim + 1 :]]
-            self.shared = self.kept.new_zeros(shape)
-        self.shared.narrow(dim, 0, places).copy_(torch.cat(held, dim=dim))
+            self.shared = [
+                shared.new_zeros([*shared.shape[:dim], room, *shared.shape[dim + 1 :]]) for shared in self.shared
+            ]
+        for shared, parts in zip(self.shared, zip(*held, strict=True), strict=True):
+            shared.narrow(dim, 0, places).copy_(torch.cat(parts, dim=dim))
         self.prefixes = prefixes
 
     def release_all(self):
@@ -98,7 +118,8 @@ class Slots:
             self.taken[slice(*old)] = [True] * row.width
             return False
         if row.width and first != row.first:
-            self.kept[:, :, first : first + row.width] = self.kept[:, :, slice(*old)].clone()  # the two may overlap
+            for kept in self.kept:
+                kept[:, :, first : first + row.width] = kept[:, :, slice(*old)].clone()  # the two may overlap
         row.first, row.width = first, width
         self.taken[slice(*_ends(row))] = [True] * width
         return True
@@ -127,8 +148,8 @@ class Slots:
                 targets.append(gap)
                 self.taken[gap], self.taken[row.first] = True, False
                 row.first = gap
-        if sources:
-            self.kept[:, :, targets] = self.kept[:, :, sources]
+        for kept in self.kept if sources else ():
+            kept[:, :, targets] = kept[:, :, sources]
 
 
 def _ends(row):

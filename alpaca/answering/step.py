@@ -4,6 +4,7 @@ from collections import namedtuple
 from itertools import accumulate
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import AttentionInterface
 
 from alpaca.answering.attention import Dense, Flash, Group, step_attention
@@ -22,7 +23,7 @@ class Stepper:
     def __init__(self, model, slots):
         causal = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's, or the bare one
         self.body, self.head, self.slots = causal.model, causal.lm_head, slots
-        self.device = self.head.weight.device
+        self.device = self.body.embed_tokens.weight.device  # where a step begins
 
     def __call__(self, parts):
         """Float32 logits [complete parts, vocabulary] of what follows each row that has nothing more to be read.
@@ -38,14 +39,17 @@ class Stepper:
         return self.compute(ids, positions, step, last, self.body.layers)
 
     def compute(self, ids, positions, step, last, layers):
-        """ids, positions: [tokens]; last: which tokens' logits are asked for; layers: what is called for each layer."""
+        """ids, positions: [tokens]; last: which tokens' logits are asked for; layers: what is called for each layer, on its
+        device."""
         with attention_by_step(self.body.config):
             hidden = self.body.embed_tokens(ids[None])
             rotary = self.body.rotary_emb(hidden, positions[None])
-            for layer, kept, shared in zip(layers, self.slots.kept, self.slots.shared, strict=True):
+            for layer, (kept, shared) in zip(layers, self.slots.of_layers(), strict=True):
+                if kept.device != hidden.device:
+                    hidden, rotary, step, last = send_to_device((hidden, rotary, step, last), kept.device)
                 memory = {"step": step, "kept": kept, "shared": shared}
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, **memory)
-            return self.head(self.body.norm(hidden)[0, last]).float()
+            return self.head(self.body.norm(hidden)[0, last].to(self.head.weight.device)).float()
 
     def _flash(self, parts, where, lists):
         def ints(values):
@@ -55,7 +59,7 @@ class Stepper:
         return Flash(
             where,
             ints(lists.begins),
-            ints([*(row.first * places for row, _ in parts), len(self.slots.kept[0, 0]) * places]),
+            ints([*(row.first * places for row, _ in parts), (self.slots.count + self.slots.spare) * places]),
             ints([row.own(row.read + count) for row, count in parts]),
             ints(lists.prefix_begins),
             ints(shared_keys(self.slots)),
@@ -81,7 +85,7 @@ class Stepper:
             groups.append(self._group(rows, own, slice(span), None if all(real) else real))
         if more:
             groups.append(self._group(more, own, [row.first for _, row, _ in more]))
-        heads = self.slots.kept.shape[3]
+        heads = self.slots.heads
         slot, place = where // self.slots.places, where % self.slots.places
         by_heads = slot.unsqueeze(1) * heads + torch.arange(heads, device=self.device)
         keys = shared_keys(self.slots)
@@ -99,9 +103,9 @@ class Stepper:
         room = self.slots.places * (slots[1] if isinstance(slots, tuple) else 1)
         visible = min(-(-visible // ALIGNED) * ALIGNED, room)
         seen = torch.arange(visible, device=self.device) <= own[tokens].view(len(rows), 1, 1, longest, 1)
-        mask = torch.zeros(seen.shape, dtype=self.slots.kept.dtype, device=self.device)
+        mask = torch.zeros(seen.shape, dtype=self.slots.dtype, device=self.device)
         mask.masked_fill_(~seen, float("-inf"))
-        heads = self.slots.kept.shape[3]
+        heads = self.slots.heads
         sharing = self.body.config.num_attention_heads // heads
         mask = mask.expand(-1, heads, sharing, -1, -1).reshape(len(rows) * heads, -1, visible)
         return Group(tokens, slots, mask, None if real is None else torch.tensor(real, device=self.device))

@@ -10,6 +10,7 @@ from alpaca.answering.generate import Request, answer_requests, draw
 from alpaca.answering.predictions import make_grammar, row_of
 from alpaca.answering.row import Answer
 from alpaca.answering.windows import cutter, row_of_text, whole
+from alpaca.common.devices import pick_device
 from alpaca.models.base import load_for_inference
 from alpaca.models.templates import message_of
 
@@ -21,7 +22,7 @@ def load_answering(args, adapter, train_args, facts, labels, nested, cut_long=Tr
     """The Answering that the options of test.py or predict.py, and what find_adapter returned, say. cut_long: whether
     texts that are too long become windows."""
     model, tokenizer = load_for_inference(
-        *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision),
+        *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, pick_device(args.devices)),
         merge=True,
         base_weights=args.base_weights,
         template=args.template,

@@ -45,6 +45,28 @@ def init_distributed():
     return device, dist.get_rank(), dist.get_world_size()
 
 
+def check_devices(asked):
+    """UserError for a --devices that is no number of a GPU here, nor auto, or that a launcher's processes cannot have."""
+    if asked != "0" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--devices={asked}: each process of a launcher takes a GPU of its own; start one with python")
+    count = torch.cuda.device_count()
+    if asked != "auto" and not (asked.isdecimal() and int(asked) < max(count, 1)):
+        raise UserError(f"--devices={asked}: expected auto, or the number of one of the {count} GPUs here, from 0 on")
+
+
+def pick_device(asked):
+    """--devices -> cpu, cuda:<number>, which is the current device from now on, or auto where there are several GPUs.
+    "0" is the first, or the one that a launcher's process has taken."""
+    count = torch.cuda.device_count()
+    if not count:
+        return "cpu"
+    if asked == "auto" and count > 1:
+        return "auto"
+    if asked != "0" and asked != "auto":
+        torch.cuda.set_device(int(asked))
+    return f"cuda:{torch.cuda.current_device()}"
+
+
 def _cpu_has_bf16():
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")

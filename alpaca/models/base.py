@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 
 from alpaca.common.console import progress, say
-from alpaca.common.devices import DTYPES, describe_device, pick_precision
+from alpaca.common.devices import DTYPES, check_devices, describe_device, pick_precision
 from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
@@ -36,9 +36,9 @@ def check_vocabulary(tokenizer, rows, base):
 
 
 def load_base(model_dir, dtype, device, base_weights="full"):
-    """The causal LM of a local folder in `dtype` on `device`, frozen. UserError for one of other tensors than config.json says.
+    """The causal LM of a local folder in `dtype`, frozen. UserError for one of other tensors than config.json says.
 
-    base_weights: full, nf4 or fp8, see base_weights.py.
+    device: auto: spread over several GPUs (spread.py). base_weights: full, nf4 or fp8, see base_weights.py.
     """
     if base_weights != "full":
         return load_quantized(model_dir, base_weights, dtype, device)
@@ -52,6 +52,7 @@ def check_generation(args):
     rows = str(args.nested.get("batch_size", "auto"))
     if rows != "auto" and not (re.fullmatch("[0-9]+", rows) and int(rows) > 0):
         raise UserError(f"--batch_size={rows}: expected 1 or more, or auto")
+    check_devices(args.nested.get("gpus") or args.nested.get("devices", "0"))
     if args.constrained not in ("auto", "True", "False"):
         raise UserError(f"--constrained={args.constrained}: expected auto, True, False")
     pick_precision(args.nested.get("precision", "auto"), "cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +73,8 @@ def load_for_inference(
     """(model, tokenizer) as the command line and what find_adapter returned say; the command line wins.
 
     Refuses, before the weights load, a base or a tokenizer that is not the adapter's. `merge`: add the LoRA to the
-    weights, which then cost nothing more; the base alone is gone. On a quantized base it stays apart.
+    weights, which then cost nothing more; the base alone is gone. On a quantized base it stays apart. device: of
+    pick_device; None: the current one.
     """
     base = base_folder(adapter, train_args, base_model)
     config = check_model_dir(base)
@@ -81,10 +83,11 @@ def load_for_inference(
     if adapter:
         check_fit(adapter, train_args, facts, base, tokenizer)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = pick_precision(precision, device)
+    kind, count = ("cuda", torch.cuda.device_count()) if device == "auto" else (device, 1)
+    precision = pick_precision(precision, kind)
     asked = f"模板: {tokenizer.template.name}"
-    say(f"模型: {base}, LoRA: {adapter or '无'}, {asked}, {describe_device(device, precision)}")
-    base_weights = pick_base_weights(base_weights, train_args if adapter else None, device, precision)
+    say(f"模型: {base}, LoRA: {adapter or '无'}, {asked}, {describe_device(kind, precision, count)}")
+    base_weights = pick_base_weights(base_weights, train_args if adapter else None, kind, precision)
     model = load_base(base, DTYPES[precision], device, base_weights)
     if adapter:
         model = attach_adapter(model, adapter)

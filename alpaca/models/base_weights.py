@@ -12,6 +12,7 @@ from alpaca.models.base_files import EMBEDDING, HEAD, check_tied, dims, mapped_t
 from alpaca.models.layers import meta_model
 from alpaca.models.mapped_memory import forget
 from alpaca.models.quantized import FP8_MULTIPLE, Fp8Linear, Nf4Linear
+from alpaca.models.spread import place_of, places_on
 from alpaca.models.tokenizer import how_to_get
 
 BASE_WEIGHTS = ("full", "nf4", "fp8")
@@ -57,7 +58,7 @@ def empty_model(model_dir, dtype=torch.float32):
 
 
 def load_whole(model_dir, dtype, device):
-    """A base in evaluation mode on `device` in `dtype`; UserError for a folder of other tensors than config.json says.
+    """A base in evaluation mode on `device` (auto: several) in `dtype`; UserError for a folder of other tensors than config.json says.
 
     Read tensor by tensor, so that the host never holds more than the model and one tensor: of a model on a GPU one tensor.
     """
@@ -75,11 +76,12 @@ def load_whole(model_dir, dtype, device):
     if model.config.tie_word_embeddings and HEAD in tensors:
         check_tied(tensors.pop(HEAD), tensors[EMBEDDING], model_dir)
     _check_others(sorted(tensors.keys() - shapes.keys()), model_dir)
+    places = places_on(device, model, "full")
     for name in progress(shapes, desc="加载模型", unit="个"):
         tensor, (path, _, child) = tensors.pop(name), name.rpartition(".")
-        setattr(model.get_submodule(path), child, _parameter(tensor, dtype, device))
+        setattr(model.get_submodule(path), child, _parameter(tensor, dtype, place_of(places, name)))
         forget(tensor)
-    return complete(model, device)
+    return complete(model, place_of(places, EMBEDDING))
 
 
 def _check_others(names, model_dir):
@@ -99,25 +101,26 @@ def _parameter(tensor, dtype, device):
 
 
 def load_quantized(model_dir, base_weights, dtype, device):
-    """A base in evaluation mode on `device`, its layers' matrices quantized, the rest in `dtype`.
+    """A base in evaluation mode on `device` (auto: several), its layers' matrices quantized, the rest in `dtype`.
 
     Each is quantized when it is read, from the file's own numbers: neither host nor GPU ever holds the full model, and
     the quantized numbers are the same in every precision. UserError for a folder that is damaged.
     """
     _, tensors, _ = read_base(model_dir)
     model = empty_model(model_dir, dtype)
+    places = places_on(device, model, base_weights)
     for name in progress([*tensors], desc="加载模型", unit="个"):
-        put_weight(model, name, tensor := tensors.pop(name), base_weights, dtype, device)
+        put_weight(model, name, tensor := tensors.pop(name), base_weights, dtype, place_of(places, name))
         forget(tensor)
-    return complete(model, device)
+    return complete(model, place_of(places, EMBEDDING))
 
 
 def put_weight(model, name, tensor, base_weights, dtype, device):
-    """Give an empty model one of its tensors, quantized where it is the matrix of a layer."""
+    """Give an empty model one of its tensors, quantized where it is the matrix of a layer and base_weights is not full."""
     path, _, kind = name.rpartition(".")
     parent, _, child = path.rpartition(".")
     module = model.get_submodule(path)
-    if name == HEAD or kind == "bias" or not isinstance(module, nn.Linear):
+    if base_weights == "full" or name == HEAD or kind == "bias" or not isinstance(module, nn.Linear):
         setattr(module, kind, _parameter(tensor, dtype, device))
         return
     if base_weights == "fp8" and any(size % FP8_MULTIPLE for size in tensor.shape):

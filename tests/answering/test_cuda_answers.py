@@ -1,6 +1,8 @@
 """Answers on CUDA: the captured steps, the plain one, and transformers' own.     python -m pytest tests/answering/test_cuda_answers.py"""
 
+import json
 import random
+import shutil
 import weakref
 from collections import deque
 from contextlib import nullcontext
@@ -17,6 +19,7 @@ from alpaca.answering.row import Row
 from alpaca.answering.standby import Standby
 from alpaca.answering.step import Part, Stepper
 from alpaca.training.lora import flatten_lora, for_answers
+from harness import make_records, run_script, write_jsonl
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SHAPE = {
@@ -221,3 +224,33 @@ def test_answers_hardly_depend_on_the_captured_size(monkeypatch):
     for other in answers[1:]:
         same = sum(a == b for a, b in zip(answers[0], other, strict=True))
         assert same >= 0.9 * len(prompts)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    "base_weights, precision", [("full", "fp32"), ("full", "bf16"), ("nf4", "bf16"), ("fp8", "bf16")]
+)
+def test_a_base_on_two_gpus_answers_as_on_one(base_dir, tmp_path, base_weights, precision):
+    """predict.py --devices=auto, told that no GPU may hold the whole base."""
+    if base_weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig.from_pretrained(base_dir, **sizes, head_dim=32))
+    base.save_pretrained(tmp_path / "base")
+    shutil.copy(base_dir / "tokenizer.model", tmp_path / "base")
+    layers, others = sum(w.numel() for w in base.model.layers.parameters()), 2 * base.lm_head.weight.numel()
+    held = {"full": 4 if precision == "fp32" else 2, "fp8": 1, "nf4": 0.5}[base_weights]
+    most = int(0.7 * (layers * held + others * (4 if precision == "fp32" else 2)))
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": record["text"]} for record in make_records(30, 3)])
+    options = ["--lora_model=none", f"--base_model={tmp_path}/base", f"--input_path={texts}", "--constrained=True"]
+    options += [f"--precision={precision}", f"--base_weights={base_weights}", "--max_new_tokens=12", "--batch_size=8"]
+    before, rows = f"from alpaca.models import spread; spread.memory_for_weights = lambda: {{0: {most}, 1: {most}}}", {}
+    for devices in ("1", "auto"):
+        output = tmp_path / f"{devices}.jsonl"
+        more = [f"--devices={devices}", f"--output_path={output}"]
+        said = run_script("predict.py", *options, *more, cwd=tmp_path, before=before).stderr
+        rows[devices] = [json.loads(line)["prediction"] for line in output.read_text(encoding="utf-8").splitlines()]
+        assert ("层在 GPU 1，逐层" in said) == (devices == "auto"), said
+    same = [one == two for one, two in zip(rows["1"], rows["auto"], strict=True)]
+    assert all(same) if precision == "fp32" else sum(same) >= 0.8 * len(same)

@@ -21,7 +21,7 @@ from alpaca.answering.prefixes import find_prefixes
 from alpaca.answering.row import Row
 from alpaca.answering.slots import Slots
 from alpaca.answering.standby import Standby
-from alpaca.answering.step import Stepper
+from alpaca.answering.step import Part, Stepper
 from alpaca.common.errors import UserError
 from alpaca.models.templates import TEMPLATES, encode_prompts, message_of
 from alpaca.models.tokenizer import EOS, load_tokenizer
@@ -114,8 +114,9 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     monkeypatch.setattr(Slots, "release", lambda self, row: put_off.append(row.over) or release(self, row))
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
     assert not all(put_off[1:]) or constrained  # the first is what all share; the longest constrained answers are short
-    # a prompt is read in parts, some beside others
+    # a prompt is read in parts, some beside others, and the slots of the two layers are apart, as on two devices
     monkeypatch.setattr(engine, "STEP_TOKENS", 11)
+    monkeypatch.setattr(engine, "device_runs", lambda layers: [(torch.device("cpu"), 1)] * 2)
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
 
 
@@ -168,6 +169,23 @@ def test_adapters_apart_answer_as_merged_ones_and_none_as_the_base(model, tokeni
         assert rounded(found[name]) == rounded(answers(whole, tokenizer, prompts))
     assert len({str(rounded(found[name])) for name in wholes}) == 3
     assert standby.rows == {("one",): 2 * len(prompts), ("two",): len(prompts), (): len(prompts)}
+
+
+def test_a_step_goes_from_device_to_device(model, prompts, monkeypatch):
+    """The device `meta` has shapes, but no numbers; torch refuses to compute with tensors of two devices."""
+    parts, prompts = copy.deepcopy(model), [prompt[:n] for prompt, n in zip(prompts[0], (1, 5, 5), strict=False)]
+    for part in (parts.model.layers[1], parts.model.norm, parts.lm_head):
+        part.to("meta")
+    rows, free = [Row(i, prompt, 20) for i, prompt in enumerate(prompts)], {"cpu": 2**30, "meta": 2**15}
+    monkeypatch.setattr(slots, "free_memory", lambda device: free[device.type])
+    made = Slots(parts.config, slots.device_runs(parts.model.layers), torch.float32, rows, 64, True)
+    assert [str(kept.device) for kept in made.kept] == ["cpu", "meta"]
+    assert made.kept[1].numel() * 4 <= 2**15 < 64 * made.kept[1][:, :, 0].numel() * 4  # the fuller one decides
+    for row in rows:
+        made.give(row, len(row.ids))
+    with torch.inference_mode():
+        logits = Stepper(parts, made)([Part(row, len(row.ids)) for row in rows])
+    assert logits.is_meta and logits.shape == (3, len(model.lm_head.weight))
 
 
 def test_bf16_differs_from_float32_as_transformers_does(model, tokenizer, prompts, monkeypatch):

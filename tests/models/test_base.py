@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from alpaca.common.devices import check_devices
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base
+from alpaca.models.base_files import EMBEDDING, HEAD
 from alpaca.models.layers import tensor_shapes
+from alpaca.models.spread import place_of, spread
 from harness import run_script, write_jsonl
 
 
@@ -127,3 +130,40 @@ def test_loading_holds_the_weights_once(base_dir, tmp_path, base_weights, kind, 
     watching.join()
     assert weights > 100e6 and model.model.layers[3].mlp.down_proj.weight is not None
     assert max(*peaks, pss()) - before < share * weights
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_is_spread_over_as_few_gpus_as_hold_it(tied):
+    """Its layers as wholes, in their order; half a byte a number where they are quantized."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 2}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=100, tie_word_embeddings=tied, **sizes))
+    size = 4 * sum(weight.numel() for weight in model.parameters())
+
+    def gpus(base_weights, *shares):
+        places = spread(model, base_weights, {number: int(share * size) for number, share in enumerate(shares)})
+        of = {name: place_of(places, name).index for name in model.state_dict()}
+        layers = [{of[name] for name in of if name.startswith(f"model.layers.{i}.")} for i in range(8)]
+        assert all(len(found) == 1 for found in layers) and of["model.norm.weight"] == max(layers[-1])
+        assert of[EMBEDDING] == 0 and (not tied or of[HEAD] == 0)
+        return [found.pop() for found in layers]
+
+    assert gpus("full", 1.2, 1.2) == gpus("nf4", 0.4, 0.4) == [0] * 8
+    assert gpus("full", 0.8, 0.8, 0.8) == [0] * 4 + [1] * 4
+    few = gpus("full", 0.3, 0.9)  # half of it would not fit into the first
+    assert few == sorted(few) and 1 <= few.count(0) <= 2
+    with pytest.raises(UserError, match="base takes .* as full, and of 2 GPUs .* --base_weights=nf4, or more GPUs"):
+        spread(model, "full", {0: size // 3, 1: size // 3})
+
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for asked in ("0", "1", "auto"):
+        check_devices(asked)
+    for asked in ("2", "-1", "cuda:0", "all", ""):
+        with pytest.raises(UserError, match=f"--devices={asked}: expected auto, or the number of one of the 2 GPUs"):
+            check_devices(asked)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_devices("0")
+    with pytest.raises(UserError, match="--devices=auto: each process of a launcher takes a GPU of its own"):
+        check_devices("auto")
