@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import read_lines
+from alpaca.corpora.excel_dates import kind_of_format, text_of_date
 
 DELIMITERS = ",\t;"
 LARGEST = 2**29  # bytes of one unpacked part of a workbook: an archive may hold far more than it takes
@@ -59,15 +60,16 @@ def check_header(where, header):
 def read_workbook(path, columns):
     """Yield (row number, {column: value}) of the sheet of an .xlsx file whose header has one of `columns`.
 
-    A value is a str, an int, a float or a bool, as the cell is; None: an empty cell. Rows without any value are left out.
+    A value is a str, an int, a float or a bool, as the cell is; a date or a time is a str; None: an empty cell. Rows without
+    any value are left out.
     UserError where no sheet has such a header, or more than one.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            shared = shared_strings(archive)
+            shared, dated = shared_strings(archive), date_reader(archive)
             headers, fitting = {}, []
             for name, part in sheets_of(archive):
-                rows = sheet_rows(archive, part, shared)
+                rows = sheet_rows(archive, part, shared, dated)
                 _, header = next(rows, (0, {}))
                 headers[name] = [str(value).strip() for value in header.values() if value is not None]
                 if set(headers[name]) & set(columns):
@@ -116,6 +118,24 @@ def shared_strings(archive):
     return [string_of(item) for item in xml_of(archive, "xl/sharedStrings.xml").iter(f"{SHEETS}si")]
 
 
+def date_reader(archive):
+    """A function from a cell and its number to what it shows: a date or a time as text, else the number."""
+    properties, kinds = xml_of(archive, "xl/workbook.xml").find(f"{SHEETS}workbookPr"), []
+    from_1904 = properties is not None and properties.get("date1904") in ("1", "true")
+    if "xl/styles.xml" in archive.namelist():
+        styles = xml_of(archive, "xl/styles.xml")
+        codes = {one.get("numFmtId"): one.get("formatCode", "") for one in styles.iter(f"{SHEETS}numFmt")}
+        used = [style.get("numFmtId", "0") for style in styles.findall(f"{SHEETS}cellXfs/{SHEETS}xf")]
+        kinds = [kind_of_format(int(number), codes.get(number)) for number in used]
+
+    def dated(cell, number):
+        style = int(cell.get("s", "0"))
+        kind = kinds[style] if style < len(kinds) else None
+        return text_of_date(number, kind, from_1904) if kind else number
+
+    return dated
+
+
 def string_of(item):
     """The text of a string item: its own or that of its runs, without the phonetic guides of East Asian text."""
     parts = [item, *item.iter(f"{SHEETS}r")]
@@ -123,20 +143,20 @@ def string_of(item):
     return re.sub("_x([0-9A-Fa-f]{4})_", lambda code: chr(int(code[1], 16)), text).replace("\r\n", "\n")
 
 
-def sheet_rows(archive, part, shared):
+def sheet_rows(archive, part, shared, dated):
     """Yield (row number, {letters of the column: value}) of a sheet's rows that hold something."""
     for number, row in enumerate(xml_of(archive, part).iter(f"{SHEETS}row"), 1):
         cells = {}
         for position, cell in enumerate(row.iter(f"{SHEETS}c")):
             letters = re.match("[A-Z]*", cell.get("r", ""))[0]
-            value = cell_value(cell, shared)
+            value = cell_value(cell, shared, dated)
             if value is not None:
                 cells[letters or position] = value
         if cells:
             yield int(row.get("r", number)), cells
 
 
-def cell_value(cell, shared):
+def cell_value(cell, shared, dated):
     """A cell's str, int, float or bool; None where it is empty or an error of a formula."""
     kind, value = cell.get("t", "n"), cell.findtext(f"{SHEETS}v")
     if kind == "inlineStr":
@@ -148,5 +168,5 @@ def cell_value(cell, shared):
     if kind == "s":
         return shared[int(value)]
     if kind == "n":
-        return int(value) if re.fullmatch("-?[0-9]+", value) else float(value)
+        return dated(cell, int(value) if re.fullmatch("-?[0-9]+", value) else float(value))
     return value

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from xml.sax.saxutils import quoteattr
 
 import pytest
 
@@ -54,14 +55,16 @@ MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
 OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
 
 
-def write_workbook(path, *sheets, strings=""):
+def write_workbook(path, *sheets, strings="", styles="", properties=""):
     """A workbook; a sheet is the XML of its rows."""
     names = "".join(f'<sheet name="表{i}" sheetId="{i}" r:id="rId{i}"/>' for i in range(len(sheets)))
     ids = "".join(f'<Relationship Id="rId{i}" Target="worksheets/s{i}.xml"/>' for i in range(len(sheets)))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(
-            "xl/workbook.xml", f'<workbook xmlns="{MAIN}" xmlns:r="{OFFICE}"><sheets>{names}</sheets></workbook>'
+            "xl/workbook.xml",
+            f'<workbook xmlns="{MAIN}" xmlns:r="{OFFICE}">{properties}<sheets>{names}</sheets></workbook>',
         )
+        archive.writestr("xl/styles.xml", f'<styleSheet xmlns="{MAIN}">{styles}</styleSheet>')
         archive.writestr("xl/_rels/workbook.xml.rels", f"<Relationships>{ids}</Relationships>")
         archive.writestr("xl/sharedStrings.xml", f'<sst xmlns="{MAIN}">{strings}</sst>')
         for i, rows in enumerate(sheets):
@@ -99,6 +102,27 @@ def test_excel(tmp_path):
     write_workbook(tmp_path / "a.xlsx", "<row>")
     with pytest.raises(UserError, match="a.xlsx: not a workbook that can be read"):
         list(read_texts(tmp_path / "a.xlsx"))
+
+
+def test_dates_of_excel(tmp_path):
+    """Numbers to the file, dates to who sees them; both systems of counting days."""
+    codes = ['yyyy"年"m"月"d"日"', "[$-804]h:mm:ss AM/PM;@", "[h]:mm", '0.0"d";[Red]\\-0', "yyyy/m/d h:mm", "mmm"]
+    formats = "".join(f'<numFmt numFmtId="{164 + i}" formatCode={quoteattr(code)}/>' for i, code in enumerate(codes))
+    used = [0, 14, 22, 46, 57, *range(164, 164 + len(codes))]
+    xfs = "".join(f'<xf numFmtId="{number}"/>' for number in used)
+    styles = f'<numFmts>{formats}</numFmts><cellStyleXfs><xf numFmtId="14"/></cellStyleXfs><cellXfs>{xfs}</cellXfs>'
+    cells = [(0, 45413), (1, 45413), (2, 45413.75), (3, 1.25), (4, 59), (5, 45413), (6, 0.5), (6, 45413.5), (7, 1.5)]
+    cells += [(8, 45413), (9, 45413.0000001), (10, 61), (1, -1)]
+    shown = [45413, "2024-05-01", "2024-05-01 18:00:00", "30:00:00", "1900-02-28", "2024-05-01", "12:00:00"]
+    shown += ["2024-05-01 12:00:00", "36:00:00", 45413, "2024-05-01", "1900-03-01", -1]
+    head = "".join(f'<c t="inlineStr"><is><t>{name}</t></is></c>' for name in ["text", *range(len(cells))])
+    row = "".join(f'<c s="{style}"><v>{number}</v></c>' for style, number in [(0, 7), *cells])
+    rows = f"<row>{head}</row><row>{row}</row>"
+    for properties, expected in (("", shown), ('<workbookPr date1904="1"/>', None)):
+        path = write_workbook(tmp_path / "a.xlsx", rows, styles=styles, properties=properties)
+        (record,) = read_texts(path)
+        assert record["text"] == "7" and expected in (None, [record[str(i)] for i in range(len(cells))])
+    assert (record["1"], record["3"], record["4"]) == ("2028-05-02", "30:00:00", "1904-02-29")
 
 
 @pytest.mark.parametrize(
