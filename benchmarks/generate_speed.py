@@ -4,7 +4,7 @@
     python benchmarks/generate_speed.py --precision=fp32
     python benchmarks/generate_speed.py --shape=7b --corpus=msra_train.txt --tokenizer=tokenizer.model
     python benchmarks/generate_speed.py --shape=33b --spread_gib=40 --how=constrained --corpus=… --tokenizer=…
-    python benchmarks/generate_speed.py --gpus=1,2 --corpus=msra_train.txt --base_model=7B-hf      # predict.py as a whole
+    python benchmarks/generate_speed.py --gpus=1,2 --shape=7b --examples=20000 --corpus=… --tokenizer=…   # predict.py
 
 --shape=7b makes a model of LLaMA 7B's shape with random weights on the GPU, --shape=qwen2.5-7b one of that shape, its
 vocabulary the given one and fillers; its results have its name in that of the file. Left to itself it would answer nonsense of
@@ -25,9 +25,7 @@ are not in the speed, which is the second's. first_cold_s, first_warm_s: seconds
 bandwidth_share, on a GPU: a step must at least read the weights and the rows' cache from memory once; the share of the
 time that this takes at the rate at which the card copies memory. A step that also reads prompts has more to do.
 
---gpus: predict.py as so many processes (without a GPU too) over --examples texts of the corpus, without an adapter where
-there is a --base_model. Rates from the first row on disk to the last, and with the start-up; `linear`: the share of as
-many times the rate of the first number of processes.
+--gpus: predict.py as a whole with so many processes, see process_speed.py.
 """
 
 import json
@@ -58,11 +56,13 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from alpaca.models.templates import encode_examples
+from benchmarks.process_speed import by_processes
 from benchmarks.speed_inputs import LABELS, SHAPES, random_model, read_corpus, save_vocabulary
 from config_utils import run_script
 from dataset import read_examples
 
 ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
 CONFIG = {
     "shape": "tiny",  # tiny (model_hub/chinese-alpaca-tiny and the demo's adapter) | 7b … 65b | qwen2.5-7b (random weights)
     "base_weights": "full",  # full | nf4 | fp8: how random weights are held
@@ -76,7 +76,7 @@ CONFIG = {
     "corpus": None,  # sentences in the JSON-lines schema of process.py; None: the demo's dev set
     "tokenizer": None,  # a tokenizer.model, needed for a random shape
     "gpus": [0],  # measure predict.py with so many processes instead; 0: do not
-    "base_model": None,  # for --gpus: the folder of a base
+    "base_model": None,  # for --gpus: the folder of a base, which answers without an adapter
 }
 MAX_NEW_TOKENS = 512
 
@@ -93,8 +93,7 @@ def load(args, device, merge=True):
         model, tokenizer = load_for_inference(
             adapter, train_args, facts, None, None, args.precision, device, merge=merge
         )
-        path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "dev.txt"
-        return model, tokenizer, examples_of(path) if args.corpus else read_examples(path)
+        return model, tokenizer, examples_of(args.corpus) if args.corpus else read_examples(DEMO)
     if args.shape not in SHAPES or not args.tokenizer or not args.corpus:
         raise UserError(
             f"--shape: expected one of {', '.join(SHAPES)}, but for tiny with --tokenizer=<tokenizer.model> and "
@@ -219,52 +218,10 @@ def add_random_lora(model):
     return PeftModel(model, LoraConfig(r=8, lora_alpha=32, target_modules=names), autocast_adapter_dtype=False).eval()
 
 
-def by_processes(args):
-    """Print a table of predict.py's speed with each number of processes."""
-    work = ROOT / "benchmarks" / "work"
-    work.mkdir(exist_ok=True)
-    path = args.corpus or ROOT / "data" / "demo" / "instruct_data" / "train.txt"
-    records = [example["text"] for example in (examples_of(path) if args.corpus else read_examples(path))]
-    texts = [f"{records[i % len(records)]}{i // len(records) or ''}" for i in range(args.examples)]  # no two equal
-    (work / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    base = ["--lora_model=none", f"--base_model={args.base_model}", "--constrained=True"] if args.base_model else []
-    print("| processes | texts a second | linear | with start-up | linear | start-up, s |\n|" + "---|" * 6)
-    first = None
-    for count in args.gpus:
-        output = work / f"rows{count}.jsonl"
-        output.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command += [ROOT / "predict.py", f"--input_path={work}/texts.jsonl", f"--output_path={output}"]
-        command += [f"--precision={args.precision}", f"--batch_size={args.batch[0]}", *base]
-        start, first_row = time.perf_counter(), None
-        process = subprocess.Popen(map(str, command))
-        while process.poll() is None:
-            if first_row is None and output.exists() and output.stat().st_size:
-                first_row = time.perf_counter()
-            time.sleep(0.02)
-        end = time.perf_counter()
-        if process.returncode or read_count(output) != len(texts):
-            raise UserError(f"{output}: predict.py has not answered all of the texts; see above")
-        rates = len(texts) / (end - first_row), len(texts) / (end - start)
-        first = first or (count, *rates)
-        linear = [rate / (alone * count / first[0]) for rate, alone in zip(rates, first[1:], strict=True)]
-        cells = [
-            f"{rates[0]:.1f}",
-            f"{linear[0]:.0%}",
-            f"{rates[1]:.1f}",
-            f"{linear[1]:.0%}",
-            f"{first_row - start:.0f}",
-        ]
-        print(f"| {count} | " + " | ".join(cells) + " |", flush=True)
-
-
-def read_count(path):
-    return path.read_bytes().count(b"\n")
-
-
 def main(args):
     if args.gpus != [0]:
-        return by_processes(args)
+        texts = [record["text"] for record in (examples_of(args.corpus) if args.corpus else read_examples(DEMO))]
+        return by_processes(args, texts)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     precision, forced = pick_precision(args.precision, device), args.shape != "tiny"

@@ -181,26 +181,25 @@ def survive_answering(args, work):
     write_jsonl(work / "texts.jsonl", [{"id": i, "text": text} for i, text in enumerate(texts)])
     options = ["--lora_model=none", f"--base_model={Path(args.model_dir).resolve()}", "--constrained=True"]
     options += [f"--input_path={work}/texts.jsonl", "--precision=fp32", "--max_new_tokens=16", "--batch_size=8"]
-    output = work / "rows.jsonl"
-    options += [f"--output_path={output}"]
-    moments = [0, ANSWERED // 2, ANSWERED - 10]
-    whole = {"count": 1, "kill": None, "more": []}
-    run_ranks("predict.py", options, output, [whole], work)
-    expected, killed, early, equal = output.read_bytes(), 0, 0, 0
+    moments, cases = [0, ANSWERED // 2, ANSWERED - 10], []
     for count, resumed in itertools.product((1, 2, 3), repeat=2):
-        for rank, rows in itertools.product(range(count), moments):
-            output.unlink()
-            kill = {"count": count, "kill": {"rank": rank, "rows": rows}, "more": []}
-            go_on = {"count": resumed, "kill": None, "more": ["--resume"]}
-            (first, last), log = run_ranks("predict.py", options, output, [kill, go_on], work)
-            killed += first["codes"][rank] == -9
-            early += first["rows"] < ANSWERED
-            equal += last["codes"] == [0] * resumed and output.read_bytes() == expected
-            print(
-                f"predict.py: {count} processes, {rank} killed at {first['rows']} rows, {resumed} go on",
-                file=sys.stderr,
-            )
-    return {"killed": killed, "with rows missing": early, "equal after --resume": equal}
+        cases += [(count, rank, rows, resumed) for rank, rows in itertools.product(range(count), moments)]
+    runs = [{"count": 1, "kill": None, "more": [], "output": str(work / "whole.jsonl")}]
+    for number, (count, rank, rows, resumed) in enumerate(cases):
+        output = str(work / f"{number}.jsonl")
+        runs.append({"count": count, "kill": {"rank": rank, "rows": rows}, "more": [], "output": output})
+        runs.append({"count": resumed, "kill": None, "more": ["--resume"], "output": output})
+    ended, _ = run_ranks("predict.py", options, work / "all", runs, work)
+    expected, killed, early, equal = (work / "whole.jsonl").read_bytes(), 0, 0, 0
+    for number, (count, rank, _, resumed) in enumerate(cases):
+        first, last = ended[1 + 2 * number : 3 + 2 * number]
+        same = last["codes"] == [0] * resumed and (work / f"{number}.jsonl").read_bytes() == expected
+        killed, early, equal = killed + (first["codes"][rank] == -9), early + (first["rows"] < ANSWERED), equal + same
+        shown = (
+            f"{count} processes, {rank} killed at {first['rows']} rows, {resumed} go on: {'equal' if same else 'OTHER'}"
+        )
+        print(f"predict.py: {shown}", file=sys.stderr)
+    return {"cases": len(cases), "killed": killed, "with rows missing": early, "equal after --resume": equal}
 
 
 def main(args):

@@ -148,7 +148,7 @@ RANKS = """
 import faulthandler, json, os, runpy, signal, sys, time
 import llguidance, peft, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend
-runs, output, log = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
+runs, log = json.loads(sys.stdin.read()), sys.argv[1]
 def child(run, rank):
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -157,14 +157,14 @@ def child(run, rank):
     os.environ.update(MASTER_PORT=str(run["port"]), OMP_NUM_THREADS="1")
     sys.argv, sys.path[0] = run["argv"], os.path.dirname(run["argv"][0])
     runpy.run_path(sys.argv[0], run_name="__main__")
-def rows():
+def rows(run):
     try:
-        with open(output, "rb") as file:
+        with open(run["output"], "rb") as file:
             return file.read().count(b"\\n")
     except OSError:
         return 0
 for run in runs:
-    ranks, kill, codes, begin = {}, run["kill"], {}, rows()
+    ranks, kill, codes = {}, run["kill"], {}
     for rank in range(run["count"]):
         pid = os.fork()
         if not pid:
@@ -177,11 +177,11 @@ for run in runs:
                 codes[ranks.pop(pid)] = code = os.waitstatus_to_exitcode(status)
                 for other in ranks if code else ():
                     os.kill(other, signal.SIGTERM)
-            elif kill and rows() >= kill["rows"]:
+            elif kill and rows(run) >= kill["rows"]:
                 os.kill(next(pid for pid, rank in ranks.items() if rank == kill["rank"]), signal.SIGKILL)
                 kill = None
             time.sleep(0.001)
-        print(json.dumps({"codes": [codes[rank] for rank in range(run["count"])], "rows": rows()}), flush=True)
+        print(json.dumps({"codes": [codes[rank] for rank in range(run["count"])], "rows": rows(run)}), flush=True)
         continue
     child(run, rank)
     break
@@ -191,18 +191,21 @@ for run in runs:
 def run_ranks(script, options, output, runs, cwd):
     """Run a script as {"count", "kill": {"rank", "rows"} or None, "more": options} say, run after run -> [{"codes", "rows"}].
 
-    output: the file whose rows are counted; what the ranks print goes to <output>.log.
+    output: the file that they write and whose rows are counted, where a run names no other "output"; what the ranks print
+    goes to <output>.log.
     """
-    orders = [
-        {"argv": [str(ROOT / script), *map(str, [*options, *run["more"]])], "port": free_port(), **run} for run in runs
-    ]
-    command = [sys.executable, "-c", RANKS, json.dumps(orders), str(output), f"{output}.log"]
+    orders = [{"output": str(output), "port": free_port(), **run} for run in runs]
+    for order in orders:
+        more = [*options, f"--output_path={order['output']}", *order["more"]]
+        order["argv"] = [str(ROOT / script), *map(str, more)]
+    command = [sys.executable, "-c", RANKS, f"{output}.log"]
     result = subprocess.run(
         command,
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=200 + 50 * len(runs),
+        input=json.dumps(orders),
         env={**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     log = Path(f"{output}.log").read_text(encoding="utf-8", errors="replace")

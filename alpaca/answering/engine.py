@@ -23,6 +23,9 @@ MARGIN = 8  # places that a new row gets beyond its prompt, so that it need not 
 CAPTURE_STEPS, ROW_STEPS = 8, 8
 COMPILE_ROWS = 16384  # to compile all sizes takes some 10 s, and saves 0.55 to 0.74 ms a row of a 7B (H100)
 NO_TOKEN = -1  # of a row that is never computed
+# Where not all rows are known, so few are answered at first that the first of them has its answer soon: until then, but
+# for no more than so many steps.
+FIRST_ROWS, FIRST_STEPS = 8, 32
 STEP_TOKENS = 4096  # in a step that is not captured: their activations need memory as well
 
 
@@ -46,6 +49,7 @@ class Engine:
         self.runs = device_runs(causal.model.layers)
         self.flash = all(flash_works(device, self.dtype, size) for device, _ in self.runs)
         self.most_tokens, self.standby, self.expected, self.capture_later = STEP_TOKENS, standby, expected, False
+        self.first_steps = FIRST_STEPS if expected else 0  # still to come
         # said: rows whose last token is not written down yet; behind: that waits until the next step is under way
         self.rows, self.ended, self.said, self.behind, self.answered = [], [], [], False, False
         self._make_room(rows)
@@ -53,6 +57,11 @@ class Engine:
     @property
     def busy(self):
         return bool(self.rows or self.said)
+
+    @property
+    def most_rows(self):
+        """How many rows may be answered in the next step."""
+        return min(FIRST_ROWS, self.at_once) if self.first_steps else self.at_once
 
     def give_prefix(self, row):
         """Let a row that was not known before begin with the longest prefix that fits it."""
@@ -178,6 +187,7 @@ class Engine:
             self.choose(complete, logits)
         if not self.behind:
             self._write_down()
+        self.first_steps = max(0, self.first_steps - 1) if self.rows and not self.rows[0].over else 0
         for row in self.rows:
             if row.over:
                 self.slots.release(row)
@@ -216,7 +226,7 @@ class Engine:
             if count := min(len(row.ids) - row.read, self.most, room):
                 parts.append(Part(row, count))
                 room -= count
-        while waiting and len(self.rows) < self.at_once and room:
+        while waiting and len(self.rows) < self.most_rows and room:
             row = waiting[0]
             self._begin(row)
             if row.over:

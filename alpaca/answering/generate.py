@@ -48,9 +48,11 @@ def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, gram
     engine, waiting, drawn, held, over = None, deque(), 0, [], False
     try:
         while True:
-            if not over and not held and len(waiting) < batch_size:
+            if not over and not held and len(waiting) < (engine.most_rows if engine else batch_size):
                 came, over = draw(requests, most)
-                held, too_long = rows_of(came, tokenizer, max_new_tokens, positions, drawn, chunk)
+                # the first ones in their order, since the first answer is waited for
+                together = 1 if expected and not drawn else chunk
+                held, too_long = rows_of(came, tokenizer, max_new_tokens, positions, drawn, together)
                 drawn, most = drawn + len(came), chunk if drawn else most
                 yield [(key, NO_ANSWER) for key in too_long]
             busy = waiting or engine and engine.busy

@@ -5,8 +5,10 @@ are one piece of memory; a row that outgrows its slots takes the next one, or mo
 Each layer's memory is on the layer's device.
 """
 
+import math
 from itertools import groupby
 
+import numpy
 import torch
 
 from alpaca.answering.memory import free_memory
@@ -39,6 +41,13 @@ def device_runs(layers):
     return [(device, len(list(run))) for device, run in groupby(devices)]
 
 
+def zeros(shape, dtype, device):
+    """As torch.zeros; on a CPU in memory that takes neither time nor room before it is written to."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(numpy.zeros(math.prod(shape) * dtype.itemsize, numpy.uint8)).view(dtype).view(shape)
+
+
 class Slots:
     """`count` slots of `places` tokens each. runs: see device_runs.
 
@@ -63,10 +72,8 @@ class Slots:
         self.count = max(least, wanted)
         shape = (heads, self.places) if by_heads else (self.places, heads)
         # Zeros: what a row has not written yet is multiplied by 0, and 0 times not-a-number would not be 0.
-        self.kept = [
-            torch.zeros(layers, 2, self.count + spare, *shape, size, dtype=dtype, device=device)
-            for device, layers in runs
-        ]
+        shape = [2, self.count + spare, *shape, size]
+        self.kept = [zeros([layers, *shape], dtype, device) for device, layers in runs]
         none = (heads, 0) if by_heads else (0, heads)
         self.shared = [kept.new_zeros(len(kept), 2, *none, size) for kept in self.kept]
         self.prefixes = [NO_PREFIX]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from alpaca.answering import engine, memory, slots
 from alpaca.answering import generate as generating
 from alpaca.answering.engine import Engine
-from alpaca.answering.generate import generate, sampler, stream, without_template
+from alpaca.answering.generate import Request, answer_requests, generate, sampler, stream, without_template
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.prefixes import find_prefixes
 from alpaca.answering.row import Row
@@ -243,6 +243,28 @@ def test_short_prompts_leave_a_long_row_its_places(model, tokenizer, prompts, mo
     prompts = [(prompts[0][0] * 3)[:480], *prompts[0]]
     alone = answers(model, tokenizer, prompts, batch_size=1)
     assert rounded(answers(model, tokenizer, prompts, batch_size=8)) == rounded(alone)
+
+
+@pytest.mark.parametrize("steps", [32, 2])
+def test_few_rows_are_answered_before_the_first_has_its_answer(model, tokenizer, prompts, monkeypatch, steps):
+    """In their order, and for no more than so many steps; where all rows are known, all begin at once."""
+    together, parts = [], Engine._parts
+    monkeypatch.setattr(Engine, "_parts", lambda *args: (parts(*args), together.append([*args[0].rows]))[0])
+    monkeypatch.setattr(engine, "FIRST_STEPS", steps)
+    requests = [Request(i, prompt) for i, prompt in enumerate(prompts[0])]
+    for expected in (len(requests), None):
+        together.clear()
+        ended = [
+            key for found in answer_requests(model, tokenizer, requests, 24, 16, None, expected) for key, _ in found
+        ]
+        assert sorted(ended) == [*range(len(requests))]
+        numbers = [[row.number for row in rows] for rows in together]
+        few = [len(found) <= 8 for found in numbers if 0 in found]  # of each step with the first row
+        assert max(map(len, numbers)) == 16
+        if expected:
+            assert numbers[0] == [*range(8)] and len(few) > 2 and few == [n < steps for n in range(len(few))]
+        else:
+            assert not any(few)
 
 
 def test_a_prompt_that_does_not_fit_keeps_its_place(model, tokenizer, prompts):

@@ -47,7 +47,7 @@ def test_a_killed_rank_loses_no_row(work):
     kills = [(2, 1, 1, []), (3, 0, 25, ["--resume"]), (1, 0, 45, ["--resume"])]
     runs = [{"count": count, "kill": {"rank": rank, "rows": at}, "more": more} for count, rank, at, more in kills]
     runs += [{"count": 2, "kill": None, "more": ["--resume"]}]
-    ended, log = run_ranks("predict.py", [*options, f"--output_path={output}"], output, runs, folder)
+    ended, log = run_ranks("predict.py", options, output, runs, folder)
     for run, was in zip(runs[:-1], ended, strict=False):
         assert was["codes"][run["kill"]["rank"]] == -9 and run["kill"]["rows"] <= was["rows"] < TEXTS
         assert run["kill"]["rank"] == 0 or was["codes"][0]  # others may have ended before, with nothing left to take
