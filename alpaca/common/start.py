@@ -11,9 +11,9 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from alpaca.common.console import forgive_encoding
 from alpaca.common.errors import UserError, fail
 
+OLDEST_PYTHON = (3, 11)
 # The first and the last version that this code is for. An older one lacks what it imports; what a newer one changes might
 # show only in what is trained.
 VERSIONS = {"torch": ("2.11", "2.13"), "transformers": ("5.17", "5.23"), "peft": ("0.21", "0.21")}
@@ -23,11 +23,14 @@ def start():
     """Refuse versions that do not fit, end Ctrl-C without a traceback, print whatever the output can show, and keep the
     libraries' notices off the screen."""
     sys.excepthook = _without_traceback_for_ctrl_c
-    forgive_encoding()
     try:
+        check_python()
         check_versions()
     except UserError as error:
         fail(error)
+    from alpaca.common.console import forgive_encoding  # imports tqdm, which may be missing where Python is too old
+
+    forgive_encoding()
     # One line that a user can act on is worth more than a page of library notices.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*gradient_checkpointing")
@@ -60,6 +63,14 @@ def _without_traceback_for_ctrl_c(kind, *error):
     """run_script ends Ctrl-C too, but the libraries take seconds to import before it runs."""
     if kind is not KeyboardInterrupt:
         sys.__excepthook__(kind, *error)
+
+
+def check_python():
+    if sys.version_info < OLDEST_PYTHON:
+        raise UserError(
+            f"Python {sys.version.split()[0]}: this needs 3.11 or 3.12; make an environment with one of them, as "
+            "`python3.12 -m venv .venv`, and install requirements.txt there"
+        )
 
 
 def check_versions():

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -609,6 +610,15 @@ def test_versions(name, found, wanted, monkeypatch):
     with pytest.raises(UserError) as error:
         start.check_versions()
     assert str(error.value).startswith(f"{name} {found}: this needs {wanted}; `pip install -r requirements.txt`")
+
+
+def test_an_old_python_is_named_before_a_library_is_missed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # start sets it
+    monkeypatch.setattr(start, "OLDEST_PYTHON", (4, 0))
+    monkeypatch.setitem(sys.modules, "alpaca.common.console", None)  # as where tqdm is missing
+    with pytest.raises(SystemExit, match="2"):
+        start.start()
+    assert re.fullmatch(r"error: Python 3\.\S+: this needs 3.11 or 3.12; make .*\n", capsys.readouterr().err)
 
 
 SCRIPTS = (
