@@ -98,6 +98,8 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     """Batches of 1, 3 and 64; any order; a memory for two rows, in which others begin; prompts read in parts."""
     prompts, texts = prompts[0], prompts[1] if constrained else None
     expected = rounded(answers(model, tokenizer, prompts, texts, batch_size=1))
+    # from here on, the slots of the two layers are apart, as on two devices
+    monkeypatch.setattr(engine, "device_runs", lambda layers: [(torch.device("cpu"), 1)] * 2)
     for batch_size in (3, 64):
         assert rounded(answers(model, tokenizer, prompts, texts, batch_size=batch_size)) == expected
     shuffled = random.Random(1).sample(range(len(prompts)), len(prompts))
@@ -114,9 +116,8 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     monkeypatch.setattr(Slots, "release", lambda self, row: put_off.append(row.over) or release(self, row))
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
     assert not all(put_off[1:]) or constrained  # the first is what all share; the longest constrained answers are short
-    # a prompt is read in parts, some beside others, and the slots of the two layers are apart, as on two devices
+    # a prompt is read in parts, some beside others
     monkeypatch.setattr(engine, "STEP_TOKENS", 11)
-    monkeypatch.setattr(engine, "device_runs", lambda layers: [(torch.device("cpu"), 1)] * 2)
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
 
 
