@@ -101,6 +101,8 @@ def load(args, device, merge=True):
         )
     tokenizer = save_vocabulary(args.tokenizer, ROOT / "benchmarks" / "work" / "tokenizer", args.shape)
     torch.manual_seed(0)
+    if args.spread_gib and {*args.how} - {"ours", "constrained"}:
+        raise UserError("--spread_gib: the layers of one process on several GPUs; give --how=ours,constrained")
     dtype, most = DTYPES[pick_precision(args.precision, device)], int(args.spread_gib * 2**30)
     memory = {number: most for number in range(torch.cuda.device_count()) if most}
     model = random_model(args.shape, len(tokenizer), dtype, device, args.base_weights, memory)

@@ -173,7 +173,7 @@ class Engine:
 
     @torch.inference_mode()
     def _advance(self, waiting):
-        if self.capture_later and self.answered:
+        if self.capture_later and self.answered and not self.first_steps:
             self.capture_later = False
             self._capture_for(self.expected)
         parts = self._parts(waiting)
