@@ -19,8 +19,10 @@ def in_order(processes, numbered, total, answer):
     with processes.minding_sigterm():
         if processes.rank:
             _send(processes, ended)
+            processes.leave()
         else:
             yield from _gather(processes, ended, number, total)
+            processes.wait_for_others()
 
 
 def _gather(processes, ended, number, total):

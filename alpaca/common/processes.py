@@ -7,6 +7,7 @@ operation, so that no process waits for another's step, and NCCL is not needed. 
 import json
 import os
 import signal
+import time
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from alpaca.common.errors import UserError
 
+LEFT_SECONDS = 0.02  # between two looks whether the others have left
 ROUNDS = 2  # a process takes at most what leaves each of them so many more of the same: the last ones are small
 
 
@@ -107,6 +109,17 @@ class Processes:
                 self.store.delete_key(key)
                 self.received_from[rank] += 1
         return items
+
+    def leave(self):
+        """Another rank than 0: there is nothing more to do here."""
+        with unless_gone():
+            self.store.add("left", 1)
+
+    def wait_for_others(self):
+        """Rank 0, at its end: the store is here, and a process that began late would find it gone."""
+        while self.store.add("left", 0) < self.count - 1:
+            self.end_if_told()
+            time.sleep(LEFT_SECONDS)
 
 
 @contextmanager

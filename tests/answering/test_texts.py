@@ -3,6 +3,7 @@
 import gc
 import random
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +113,17 @@ def test_a_row_that_takes_long_holds_the_others_back(monkeypatch):
     numbered = ((i, drawn.append(i) or str(i)) for i in range(200))
     assert list(in_order(alone(), numbered, 200, answer)) == [str(i) for i in range(200)]
     assert waited == [40]
+
+
+def test_rank_0_stays_until_the_others_have_left():
+    """Where little or nothing is left to do, another process may still be loading its model."""
+    first, late, said = alone(), alone(), []
+    first.count, first.received_from, late.rank, late.store = 2, [0, 0], 1, first.store
+    numbered = ((i, str(i)) for i in range(3))
+    rows = in_order(first, numbered, 3, lambda items, _: ([item] if item else [] for item in items))
+    assert [next(rows) for _ in range(3)] == ["0", "1", "2"]
+    threading.Timer(0.2, lambda: said.append("left") or late.leave()).start()
+    assert list(rows) == [] and said == ["left"]
 
 
 def test_sigterm_ends_between_two_answers_and_not_within_one():
