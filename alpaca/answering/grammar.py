@@ -13,12 +13,12 @@ entity into the span. generate.py leaves such lines out and counts them; without
 
 import functools
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from llguidance import LLExecutor, LLMatcher, LLTokenizer, TokenizerWrapper
 
+from alpaca.common.devices import cores
 from dataset import NO_ENTITY
 
 # A line is one token of the grammar: were it several, llguidance would read a `_` of the text always as part of the span,
@@ -43,9 +43,9 @@ class AnswerGrammar:
         # no slices: they speed up grammars that allow most of the vocabulary
         self.vocabulary = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), n_vocab=len(tokenizer), slices=[])
         self.words = -(-len(tokenizer) // 32)
-        self.threads = ThreadPoolExecutor()
+        self.threads = ThreadPoolExecutor(cores())
         # on few cores, more threads and torch's own are in each other's way
-        self.executor = LLExecutor() if (os.cpu_count() or 1) >= 8 else None
+        self.executor = LLExecutor() if cores() >= 8 else None
 
     def matchers(self, texts):
         """For each text an llguidance LLMatcher at the beginning of an answer. Takes a millisecond a text and core."""

@@ -11,6 +11,11 @@ from alpaca.common.errors import UserError
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+def cores():
+    """How many cores this process may use; a container or taskset leaves fewer of them than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def check_launcher():
     """UserError where mpirun or srun has started several processes that do not know of each other."""
     for name in () if "RANK" in os.environ else ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):

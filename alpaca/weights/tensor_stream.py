@@ -4,13 +4,13 @@ A writer gets them as (name, tensor) pairs, in the order of `specs`: {name: meta
 number formats beforehand.
 """
 
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from tqdm import tqdm
 
+from alpaca.common.devices import cores
 from alpaca.common.errors import UserError
 from alpaca.models.base_files import is_finite
 
@@ -35,7 +35,7 @@ def compute_ahead(jobs, blame):
             raise UserError(blame(name))
         return tensor
 
-    threads, workers = torch.get_num_threads(), min(4, len(os.sched_getaffinity(0)))
+    threads, workers = torch.get_num_threads(), min(4, cores())
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(workers) as pool:
