@@ -21,7 +21,8 @@ If there is a data/<data_name>/ori_data/rehearse.txt, rows of other tasks as {"i
 added to train.txt with "task": "rehearsal": an adapter that is trained on one task alone forgets what its base could do besides.
 
 Every sentence stays, also those without an entity; only sentences of train that dev or test hold too are left out. A
-text of more than max_seq_length tokens is cut at sentence ends, with the tokenizer of model_dir.
+training text of more than max_seq_length tokens is cut at sentence ends, with the tokenizer of model_dir; those of dev
+and test stay whole, and test.py answers them in windows, as predict.py does.
 """
 
 from alpaca.common.start import start
@@ -70,7 +71,7 @@ CONFIG = {
     "audit_only": False,  # True: write nothing, only check data/<data_name>/instruct_data/ as the trainers do
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # folder of the model whose tokenizer counts the tokens
     "template": "auto",  # the prompt around the instruction: auto | alpaca | alpaca2 | chat; auto: that of the base
-    "max_seq_length": 512,  # most tokens of prompt + answer: longer texts are cut at sentence ends
+    "max_seq_length": 512,  # most tokens of prompt + answer: longer training texts are cut at sentence ends
     "instruct_column": "instruct",  # for audit_only: name of the column that holds the instruction
     "query_column": "query",  # for audit_only: name of the column that holds the query
     "response_column": "answer",  # for audit_only: name of the column that holds the answer
@@ -161,22 +162,20 @@ def remove_leaks(parts, keep_leaked):
 
 
 def cut_parts(parts, task, args):
-    """Cut what is longer than max_seq_length -> (the parts, lines that say what was cut)."""
+    """Cut what of train is longer than max_seq_length -> (the parts, lines that say what was cut)."""
     try:
         tokenizer = load_tokenizer(args.model_dir, args.template)
     except UserError as error:
-        longest = max(len(example["query"] + example["answer"]) for part in parts.values() for example in part)
+        longest = max(len(example["query"] + example["answer"]) for example in parts["train"])
         if longest + len(task.instruct) <= args.max_seq_length:
             return parts, []
         return parts, [f"长文本：没有分词器，没有检查也没有切开，最长的一条有 {longest} 个字（{error}）"]
-    cut = {name: cut_long(part, task, tokenizer, args.max_seq_length) for name, part in parts.items()}
-    lines = [
-        f"长文本：{name}.txt 有 {c.documents} 条超过 max_seq_length={args.max_seq_length} 个 token，在句末切成 {c.parts} 条"
-        f"（{c.inside} 处在句子里面，{c.lost} 个实体放不下）"
-        for name, c in cut.items()
-        if c.documents
-    ]
-    return {name: c.examples for name, c in cut.items()}, lines
+    cut = cut_long(parts["train"], task, tokenizer, args.max_seq_length)
+    line = (
+        f"长文本：train.txt 有 {cut.documents} 条超过 max_seq_length={args.max_seq_length} 个 token，在句末切成 {cut.parts} 条"
+        f"（{cut.inside} 处在句子里面，{cut.lost} 个实体放不下）"
+    )
+    return {**parts, "train": cut.examples}, [line] * bool(cut.documents)
 
 
 def read_corpora(files, task, args):

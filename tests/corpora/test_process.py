@@ -502,13 +502,15 @@ SENTENCE = "第{}段，患者梁小雨主诉乏力{}天，既往在洛阳市医�
 
 
 def test_long_documents_are_cut_at_sentence_ends(corpus, base_dir, capsys):
-    """Into examples that fit, without a character or an entity lost."""
+    """Those of train, into examples that fit, without a character or an entity lost; scores are of whole documents."""
     text = "".join(SENTENCE.format(i, i) for i in range(60))
     found = [(m.start(), m.end(), "PER") for m in re.finditer("梁小雨", text)]
     found += [(m.start(), m.end(), "ORG") for m in re.finditer("洛阳市医院", text)]
-    corpus([sentence(text, *found), sentence("在洛阳", (1, 3, "LOC"))], DEV)
-    train, _ = process(f"--model_dir={base_dir}", "--max_seq_length=700")
+    whole = sentence("往" + text, *((b + 1, e + 1, kind) for b, e, kind in found))
+    corpus([sentence(text, *found), sentence("在洛阳", (1, 3, "LOC"))], [*DEV, whole])
+    train, dev = process(f"--model_dir={base_dir}", "--max_seq_length=700")
     *parts, short = train
+    assert len(dev) == len(DEV) + 1 and dev[-1]["text"] == "往" + text and len(dev[-1]["entities"]) == 120
     assert "".join(part["text"] for part in parts) == text and short["answer"] == "洛阳_地名"
     assert len(parts) > 3 and all(part["text"].endswith("。") for part in parts)
     assert sum(len(part["entities"]) for part in parts) == 120
