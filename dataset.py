@@ -13,7 +13,10 @@ from alpaca.common.text_files import keep_or_raise, read_jsonl
 QUERY_PREFIX = "文本："
 NO_ENTITY = "没有"
 # What predictions.jsonl says itself; a key of an input that has one of these names is not kept.
-ROW_KEYS = ("text", "answer", "prediction", "entities", "gold", "log_probability", "problems", "confidence")
+ROW_KEYS = (
+    *("text", "answer", "prediction", "entities", "gold", "problems", "log_probability", "margin"),
+    *("confidence", "calibrated"),
+)
 REHEARSAL = "rehearsal"  # the `task` of rows of instruct data that belong to another task
 INSTRUCT = (  # {labels}: the names of the types, joined by 、
     "你现在是一个实体识别模型，你需要提取文本里面的{labels}，如果存在结果，返回'实体_实体类型'，"
@@ -230,18 +233,28 @@ def is_ner(parsed):
     return 2 * sum(bool(answer.malformed) for answer in parsed) <= len(parsed)
 
 
+def unusable_label(name):
+    """Why an entity type cannot have this name; None where it can."""
+    if name == TOTAL:
+        return f"metrics.json calls all entity types together {TOTAL}"
+    if "▁" in name:
+        return "▁ (U+2581) is a space to the tokenizer, so that no answer can hold it"
+    return None
+
+
 def labels_of(examples):
     """The entity types that occur in the answers, in the order in which the instruction names them.
 
-    None of them, [], where the answers are of another task than NER. UserError for a type named TOTAL.
+    None of them, [], where the answers are of another task than NER. UserError for a type that cannot be used.
     """
     parsed = [parse_answer(example["answer"]) for example in examples]
     if not is_ner(parsed):
         return []
     kinds = dict.fromkeys(kind for answer in parsed for _, kind in answer.entities)
-    if TOTAL in kinds:
-        line = next(f"{entity}_{kind}" for answer in parsed for entity, kind in answer.entities if kind == TOTAL)
-        raise UserError(f"the answer {line!r}: metrics.json calls all entity types together {TOTAL}; rename this one")
+    for kind in kinds:
+        if reason := unusable_label(kind):
+            line = next(f"{entity}_{kind}" for answer in parsed for entity, other in answer.entities if other == kind)
+            raise UserError(f"the answer {line!r}: {reason}; rename this type")
     instruct = examples[0]["instruct"]
     return sorted(kinds, key=lambda kind: instruct.find(kind) % (len(instruct) + 1))
 

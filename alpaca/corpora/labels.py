@@ -1,7 +1,7 @@
 """The entity types of a corpus: the tag it writes and the name an answer gives."""
 
 from alpaca.common.errors import UserError
-from dataset import TOTAL
+from dataset import unusable_label
 
 DEFAULT_LABELS = ["PER:人名", "LOC:地名", "ORG:机构名"]  # the demo corpus and MSRA
 
@@ -16,8 +16,8 @@ def read_labels(labels):
             raise UserError(f"--labels: expected TAG:name, got {label!r}; e.g. --labels=PER:人名,LOC:地名")
         if "_" in name:
             raise UserError(f"--labels: {name!r} contains _, which parts entity and type in an answer; rename it")
-        if name == TOTAL:
-            raise UserError(f"--labels: metrics.json calls all entity types together {name!r}; rename {label!r}")
+        if reason := unusable_label(name):
+            raise UserError(f"--labels: {reason}; rename {label!r}")
         if names.setdefault(tag, name or None) != (name or None):
             raise UserError(f"--labels: {tag!r} is named twice, {names[tag]!r} and {name!r}; leave one out")
     if not any(names.values()):
