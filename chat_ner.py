@@ -114,7 +114,7 @@ def main(args):
 
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, facts.get("labels"))
     query_prefix = facts.get("query_prefix", QUERY_PREFIX)
-    free, standby = sampler(tokenizer, args.temperature, args.top_p, args.seed), Standby(at_once=1)
+    free, standby = sampler(args.temperature, args.top_p, args.seed), Standby(at_once=1)
 
     def answer(line, without_adapter=False):
         """Yield the answer to an input as it grows, each text beginning with the one before."""

@@ -1,5 +1,6 @@
 """Which rows a step computes: those being answered, one token each, and of new ones the prompts, as room and slots allow."""
 
+import math
 from itertools import islice
 
 import torch
@@ -48,6 +49,10 @@ class Engine:
         size = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
         self.runs = device_runs(causal.model.layers)
         self.flash = all(flash_works(device, self.dtype, size) for device, _ in self.runs)
+        # they have no text: an answer without a grammar would hold something that nobody can read
+        self.silent = torch.tensor(
+            sorted({*tokenizer.controls.values()} - tokenizer.ends), dtype=torch.long, device=self.device
+        )
         self.most_tokens, self.standby, self.expected, self.capture_later = STEP_TOKENS, standby, expected, False
         self.first_steps = FIRST_STEPS if expected else 0  # still to come
         # said: rows whose last token is not written down yet; behind: that waits until the next step is under way
@@ -196,11 +201,27 @@ class Engine:
 
     def choose(self, rows, logits):
         """Take each row's next token."""
-        if self.grammar:  # a GPU is still computing the logits
-            forbid(logits, self.grammar.masks([row.matcher for row in rows]))
+        held = [i for i, row in enumerate(rows) if row.matcher]
+        if len(held) < len(rows):
+            logits.index_fill_(1, self.silent, -math.inf)
+        if held:  # a GPU is still computing the logits
+            masks = self.grammar.masks([rows[i].matcher for i in held])
+            if len(held) == len(rows):
+                forbid(logits, masks)
+            else:
+                logits[held] = forbid(logits[held], masks)
         tokens = self.pick(logits)
+        if any(row.given for row in rows):
+            given = [row.given[len(row.ids) - len(row.prompt)] if row.given else -1 for row in rows]
+            given = torch.tensor(given, device=tokens.device)
+            tokens = torch.where(given < 0, tokens, given)
         log_probabilities = logits.gather(1, tokens.unsqueeze(1)).squeeze(1) - logits.logsumexp(dim=-1)
         tokens, log_probabilities = torch.stack([tokens.double(), log_probabilities.double()]).tolist()
+        if any(map(math.isnan, log_probabilities)):
+            raise UserError(
+                f"{self.config.name_or_path}: the model computes NaN, not probabilities; its weights or the adapter's hold "
+                "NaN or infinite numbers (get or train them again), or are too large for --precision=fp16"
+            )
         for row, token, log_probability in zip(rows, map(int, tokens), log_probabilities, strict=True):
             if not row.over:  # its lines may have said so while this step was under way
                 row.take(token, log_probability)
@@ -255,7 +276,7 @@ class Engine:
 
     def _begin(self, row):
         """Begin a row's answer, once its matcher is there."""
-        if self.grammar and row.matcher is None:
+        if self.grammar and row.matcher is None and row.text is not None:
             row.matcher = self.grammar.begin_matcher(row.text)
         if not row.begun:
             row.begin()
@@ -263,9 +284,9 @@ class Engine:
     def _begin_ahead(self, waiting):
         """Let threads make the matchers of the rows that come next."""
         for row in islice(waiting, self.at_once if self.grammar else 0):
-            if row.matcher is None:
+            if row.matcher is None and row.text is not None:
                 row.matcher = self.grammar.begin_matcher(row.text)
-            elif not row.begun and row.matcher.done():
+            elif not row.begun and row.matcher and row.matcher.done():
                 row.begin()
 
     def _close_up(self):

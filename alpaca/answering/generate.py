@@ -30,7 +30,8 @@ class Request(NamedTuple):
 
     key: object  # what its answer comes back with
     prompt: list  # [bos] + ids, of int
-    text: str | None = None  # what a grammar lets the answer quote
+    text: str | None = None  # what a grammar lets the answer quote; None: the answer is free
+    given: list | None = None  # the tokens of an answer that is only scored, up to its end, of int
 
 
 def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, grammar=None, expected=None, standby=None):
@@ -94,8 +95,10 @@ def rows_of(requests, tokenizer, max_new_tokens, positions, drawn, chunk):
     numbered = [(i // chunk, r) for i, r in enumerate(requests, drawn) if len(r.prompt) < positions]
     # What is left when nothing waits any more is short.
     numbered.sort(key=lambda pair: (pair[0], -len(pair[1].prompt)))
-    limits = [min(len(r.prompt) + max_new_tokens, positions) for _, r in numbered]
-    rows = [Row(r.key, r.prompt, limit, tokenizer, r.text) for (_, r), limit in zip(numbered, limits, strict=True)]
+    limits = [min(len(r.prompt) + (len(r.given) if r.given else max_new_tokens), positions) for _, r in numbered]
+    rows = [
+        Row(r.key, r.prompt, limit, tokenizer, r.text, r.given) for (_, r), limit in zip(numbered, limits, strict=True)
+    ]
     return rows, [r.key for r in requests if len(r.prompt) >= positions]
 
 
@@ -170,14 +173,12 @@ def without_template(texts, template):
         yield text
 
 
-def sampler(tokenizer, temperature, top_p, seed):
+def sampler(temperature, top_p, seed):
     """A function from float32 logits [rows, vocabulary] to a token for each row: the likeliest one at temperature 0, else
-    drawn from the likeliest ones whose probabilities add up to top_p. Never one that has no text (bos, unk, pad)."""
-    without_text = sorted({*tokenizer.controls.values()} - tokenizer.ends)
+    drawn from the likeliest ones whose probabilities add up to top_p."""
     draw = torch.Generator().manual_seed(seed)
 
     def pick(logits):
-        logits[:, without_text] = float("-inf")
         if temperature == 0:
             return logits.argmax(dim=-1)
         probabilities, tokens = (logits / temperature).softmax(dim=-1).cpu().sort(dim=-1, descending=True)

@@ -4,7 +4,7 @@ from alpaca.answering.generate import generate
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.common.errors import UserError
 from alpaca.models.templates import encode_prompts, message_of
-from dataset import gold_entities, locate, parse_answer
+from dataset import gold_entities, locate, parse_answer, unusable_label
 
 
 def make_grammar(constrained, adapter, tokenizer, labels):
@@ -15,21 +15,45 @@ def make_grammar(constrained, adapter, tokenizer, labels):
         raise UserError(
             "--constrained=True: no entity types are known here; give data whose answers are 实体_类型 lines"
         )
+    for name in labels:
+        if reason := unusable_label(name):
+            raise UserError(f"entity type {name!r}: {reason}; rename it and train again, or give --constrained=False")
     return AnswerGrammar(tokenizer, labels)
 
 
+def held_instructs(constrained, facts):
+    """The instructions whose answers a grammar holds, for predict.py and the page as for chat_ner.py: what is asked with
+    another one is no question about entities. None: those of all, with --constrained=True or where none is known."""
+    return None if constrained == "True" else facts.get("instructs")
+
+
+def quoted_text(example, instructs):
+    """The text that a grammar holds an example's answer to; None: it is free. instructs: of held_instructs."""
+    return example["text"] if instructs is None or example["instruct"] in instructs else None
+
+
 def predict_rows(
-    model, tokenizer, examples, labels, max_new_tokens=512, batch_size="auto", grammar=None, nested=False, standby=None
+    model,
+    tokenizer,
+    examples,
+    labels,
+    max_new_tokens=512,
+    batch_size="auto",
+    grammar=None,
+    nested=False,
+    standby=None,
+    instructs=None,
 ):
     """Yield the row of predictions.jsonl of each example (dataset.read_examples), in order.
 
     A row: {"text", "answer", "prediction", "entities", "log_probability"}, "gold" where there is a right answer and
-    "problems" where there are any. `gold` (exact spans) and `problems` (counts) let metrics be recomputed from the file.
+    "problems" where there are any; its entities have a "log_probability", and confidences once the windows of a text are
+    joined (windows.py). `gold` (exact spans) and `problems` (counts) let metrics be recomputed from the file.
     labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold. nested: whether
-    entities inside longer ones have spans (dataset.nests).
+    entities inside longer ones have spans (dataset.nests). instructs: of held_instructs.
     """
     prompts = encode_prompts(tokenizer, [message_of(e["instruct"], e["query"]) for e in examples])
-    texts = [example["text"] for example in examples]
+    texts = [quoted_text(example, instructs) for example in examples]
     answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts, standby)
     for example, answer in zip(examples, answers, strict=True):
         yield row_of(example, answer, labels, nested)
@@ -48,9 +72,9 @@ def row_of(example, answer, labels, nested):
     }
     if answer.text is not None:
         lines = [line.replace("\r", "") for line in answer.text.split("\n")]
-        confidences = dict(reversed(list(zip(lines, answer.confidences, strict=False))))  # of a line's first occurrence
+        scores = dict(reversed(list(zip(lines, answer.scores, strict=False))))  # of a line's first occurrence
         for entity in row["entities"]:
-            entity["confidence"] = round(confidences[f"{entity['entity']}_{entity['type']}"], 4)
+            entity["log_probability"] = round(scores[f"{entity['entity']}_{entity['type']}"], 6)
         row["log_probability"] = round(answer.log_probability, 4)
     if ner and example["answer"] is not None:
         row["gold"] = gold_entities(example, nested)

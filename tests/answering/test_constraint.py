@@ -14,7 +14,7 @@ from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.labels import read_labels
 from alpaca.corpora.problems import Problems
 from alpaca.models.tokenizer import EOS, load_tokenizer
-from dataset import format_answer, parse_answer
+from dataset import format_answer, labels_of, parse_answer
 from process import CONFIG
 
 LABELS = ["人", "人名", "x"]  # one begins like another
@@ -123,18 +123,19 @@ def test_nothing_else_can_be_said(grammar, tokenizer, text):
         answer = answer_at_random(grammar, tokenizer, text, draw)
         parsed = parse_answer(answer.text, text, LABELS)
         assert parsed == (parsed.entities, [], [], [], []), answer
-        assert len(answer.confidences) == len(parsed.entities) and set(answer.confidences) <= {-0.5}
+        assert len(answer.scores) == len(parsed.entities) and all(score <= -0.5 for score in answer.scores)
         assert answer.text == format_answer(
             [{"entity": entity, "type": kind, "begin": i, "end": 0} for i, (entity, kind) in enumerate(parsed.entities)]
         )
 
 
-def say(grammar, tokenizer, text, answer):
+def say(grammar, tokenizer, text, answer, scores=False):
+    """The Answer that says this. scores: each token is as much less probable as those before it, by 1 %."""
     row = Row(0, [1], 100, tokenizer, text)
     row.matcher = grammar.matchers([text])[0]
-    for token in [*tokenizer.encode_texts([answer])[0], EOS]:
+    for i, token in enumerate([*tokenizer.encode_texts([answer])[0], EOS]):
         if not row.over:
-            go_on(row, token, 0.0)
+            go_on(row, token, -0.01 * i * scores)
     return row.answer(grammar)
 
 
@@ -146,6 +147,10 @@ def test_lines_that_are_left_out(grammar, tokenizer):
     assert say(grammar, tokenizer, "王明", "_x\n\n王_x")[:4] == ("王_x", True, 0, 1)
     assert say(grammar, tokenizer, "王\r\n明", "王\n明_x")[:4] == ("明_x", True, 0, 1)
     assert say(grammar, tokenizer, "王\n\n明", "王\n明_x")[:4] == ("明_x", True, 0, 1)
+    # a line that comes again keeps the score that it had first
+    scored = say(grammar, tokenizer, "王明", "王明_人名\n王明_人名\n明_x", scores=True)
+    first = sum(range(len(tokenizer.encode_texts(["王明_人名"])[0])))
+    assert scored.text == "王明_人名\n明_x" and scored.scores[0] == pytest.approx(-0.01 * first)
     # a loop: the second line in a row that was there before is the end
     loop = say(grammar, tokenizer, "王明在北京", "王明_人名\n北京_x\n王明_人名\n北京_x\n在_x\n")
     assert loop[:4] == ("王明_人名\n北京_x", True, 2, 0)
@@ -158,6 +163,29 @@ def test_an_answer_cut_off_ends_with_its_last_whole_line(grammar, tokenizer):
     for token in ids[:-1]:
         go_on(row, token, 0.0)
     assert row.over and row.answer(grammar)[:4] == ("王明_人名", False, 0, 0)
+
+
+def test_as_many_threads_as_cores_may_be_used(tokenizer, monkeypatch):
+    """Not as many as the machine has: a container or taskset leaves fewer, and more would be in each other's way."""
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    for cores in (3, 8):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: {*range(cores)})
+        made = AnswerGrammar(tokenizer, LABELS)
+        assert made.threads._max_workers == cores and bool(made.executor) == (cores == 8)
+
+
+def test_a_type_that_no_answer_can_hold_is_refused(tokenizer):
+    """▁ in it is a space to the tokenizer; where labels are read, where data are, and of an adapter that has one."""
+    example = {"instruct": "找", "answer": "王明_人▁名"}
+    for refuse in (
+        lambda: read_labels(["PER:人▁名"]),
+        lambda: labels_of([example]),
+        lambda: make_grammar("auto", "folder", tokenizer, ["人▁名"]),
+    ):
+        with pytest.raises(UserError, match="▁ .U.2581. is a space to the tokenizer.*rename"):
+            refuse()
+    with pytest.raises(UserError, match="metrics.json calls all entity types together micro; rename"):
+        labels_of([{**example, "answer": "王明_micro"}])
 
 
 def test_when_answers_are_constrained(tokenizer):

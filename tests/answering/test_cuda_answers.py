@@ -39,7 +39,7 @@ KINDS = {
 
 
 class Tokenizer:
-    token_bytes, ends = [b"x"] * 500, {2}
+    token_bytes, ends, controls = [b"x"] * 500, {2}, {"<s>": 1, "</s>": 2}
 
 
 def model_of(kind, dtype):
