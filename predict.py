@@ -16,13 +16,14 @@ from alpaca.common.start import start
 
 start()
 
-import math
 from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
+from alpaca.answering.confidence import calibration_of
 from alpaca.answering.in_order import in_order
+from alpaca.answering.predictions import held_instructs
 from alpaca.answering.row_file import made_with, row_file
 from alpaca.answering.texts import load_answering
 from alpaca.common.console import progress_or_lines, say
@@ -48,7 +49,7 @@ CONFIG = {
     "input_path": None,  # file of texts to predict: plain lines, JSON lines, a JSON array, CSV or .xlsx with a text column
     "output_path": None,  # file to write the results to, as JSON lines; None: print them
     "resume": False,  # True: continue after the rows that output_path already holds
-    "min_confidence": 0.0,  # leave out entities of less confidence, 0 to 1; 0: none
+    "min_confidence": 0.0,  # leave out entities that are right with less probability, 0 to 1; 0: none
     "batch_size": "auto",  # most texts answered at once; auto: 128 on a GPU, 64 on a CPU. Fewer where memory is short
     "max_new_tokens": 512,  # most tokens of an answer; answers cut there are counted and reported
     "constrained": "auto",  # True: answers name only parts of the text and known types | False: anything | auto: True for NER
@@ -113,6 +114,7 @@ def main(args):
     labels, instruct, query_prefix = task_of(facts)
     if len(facts.get("instructs", [])) > 1 and without_instruct:
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
+    calibration = calibration_of(args, adapter, train_args)
     processes, output = Processes(), nullcontext()
 
     def examples():
@@ -120,13 +122,15 @@ def main(args):
 
     if args.output_path and not processes.rank:
         task = {"instruct": instruct, "labels": labels, "query_prefix": query_prefix}
-        made = made_with(args, adapter, train_args, facts, args.input_path, **task, min_confidence=args.min_confidence)
+        task |= {"min_confidence": args.min_confidence, "calibration": calibration and list(calibration)}
+        made = made_with(args, adapter, train_args, facts, args.input_path, **task)
         output = row_file(args.output_path, made, total, args.resume)
     cut_off = 0
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
-        answer = load_answering(args, adapter, train_args, facts, labels, facts.get("nested", False))
+        rules = facts.get("nested", False), held_instructs(args.constrained, facts), calibration
+        answer = load_answering(args, adapter, train_args, facts, labels, *rules)
         rows = progress_or_lines(in_order(processes, enumerate(examples()), total, answer), total - first, "回答", "条")
         if file:
             file.begin()
@@ -135,7 +139,7 @@ def main(args):
         shown = examples()
         for number, (row, inside) in enumerate(rows, first + 1):
             cut_off += row.get("problems", {}).get("cut", 0)
-            row["entities"] = [e for e in row["entities"] if math.exp(e["confidence"]) >= args.min_confidence]
+            row["entities"] = [e for e in row["entities"] if e["confidence"] >= args.min_confidence]
             if file:
                 file.write(row)
             if inside:

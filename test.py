@@ -10,9 +10,9 @@
     python test.py --data_name=qa --metric=exact                  # another task than NER: how many answers are right
 
 Reads data/<data_name>/instruct_data/dev.txt (--split: another) and an adapter of checkpoint/<data_name>/ (the one written last). Writes
-predictions.jsonl, metrics.json and report.html beside adapter_model/ (`exact` no report, `none` only predictions). The
-answers are generated freely, greedily, for every row; with an adapter for NER, only what the text allows
-(--constrained=False: anything).
+predictions.jsonl, metrics.json and report.html beside adapter_model/ (`exact` no report, `none` only predictions), and into
+it calibration.json, fitted on the whole of its own dev set. The answers are generated freely, greedily, for every row; a
+long text in windows, as predict.py does; with an adapter for NER, only what the text allows (--constrained=False: anything).
 """
 
 from alpaca.common.start import start
@@ -23,19 +23,22 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 
+from alpaca.answering.confidence import plan_confidences, settle_confidences
 from alpaca.answering.in_order import in_order
 from alpaca.answering.row_file import made_with, row_file
 from alpaca.answering.texts import load_answering
+from alpaca.answering.windows import say_cuts
 from alpaca.common.console import progress_or_lines, say
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import read_jsonl
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import check_generation
-from alpaca.scoring.metrics import exact, percents, score, score_table
+from alpaca.scoring.calibration import calibration_text
+from alpaca.scoring.metrics import as_answered_perfectly, exact, percents, score, score_table
 from alpaca.scoring.report import write_report
 from config_utils import run_script
-from dataset import is_ner, labels_of, locate, nests, parse_answer, read_examples, without_rehearsal
+from dataset import is_ner, labels_of, nests, parse_answer, read_examples, without_rehearsal
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under data/ and under checkpoint/
@@ -67,17 +70,21 @@ CALLED = {"instruct_column": "instruct", "query_column": "query", "response_colu
 SHOWN = 20  # answers printed as a list, before the table
 
 
-def main(args):
+def check(args):
+    check_generation(args)
     if args.split not in ("train", "dev", "test"):
         raise UserError(f"--split={args.split}: expected train, dev or test")
     if args.dev_path and args.split != "dev":
         raise UserError(f"--dev_path and --split={args.split}: give one of the two")
-    dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / f"{args.split}.txt"
-    check_generation(args)
     if args.metric not in WRITTEN:
         raise UserError(f"--metric={args.metric}: expected {', '.join(WRITTEN)}")
     if args.max_examples < 1 and args.max_examples != -1:
         raise UserError(f"--max_examples={args.max_examples}: expected 1 or more, or -1 for all")
+
+
+def main(args):
+    check(args)
+    dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / f"{args.split}.txt"
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)
     columns = {
         name: getattr(args, name) or (getattr(train_args, name) if train_args else CALLED[name]) for name in CALLED
@@ -94,6 +101,8 @@ def main(args):
     labels = (facts.get("labels") or labels_of(examples)) if args.metric == "ner" else None
     nested = facts.get("nested", nests(examples))
     out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
+    remedy = "name a copy of the adapter in another folder with --lora_model" if adapter else "make its folder writable"
+    plan = plan_confidences(args, adapter, train_args, dev_path, remedy)
 
     processes, output = Processes(), nullcontext()
     if not processes.rank:
@@ -104,38 +113,36 @@ def main(args):
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
-        answer = load_answering(args, adapter, train_args, facts, labels, nested, cut_long=False)
+        answer = load_answering(args, adapter, train_args, facts, labels, nested)
         if file:
             for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
                 (out / name).unlink(missing_ok=True)
             file.begin()
+            say_cuts(answer.cut(examples))
         rows = in_order(processes, enumerate(examples), len(examples), answer)
         for row, _ in progress_or_lines(rows, len(examples) - first, "回答", "条"):
             file.write(row)
+        rated = settle_confidences(file.path, answer, examples, plan) if file and args.metric == "ner" else None
     if not processes.rank:
-        measure(args, out, labels, nested, f"数据 {dev_path}，LoRA {adapter or '无'}")
+        measure(args, out, labels, nested, rated, f"数据 {dev_path}，LoRA {adapter or '无'}")
 
 
-def measure(args, out, labels, nested, subtitle):
-    """Write what the rows on disk come to, then print it."""
+def measure(args, out, labels, nested, rated, subtitle):
+    """Write what the rows on disk come to, then print it. rated: of settle_confidences."""
     rows = [row for _, row in read_jsonl(out / "predictions.jsonl")]
-    metrics = score(rows, labels) if args.metric == "ner" else exact(rows)
+    metrics = score(rows, labels) | {"calibration": rated.figures} if args.metric == "ner" else exact(rows)
     if args.metric != "none":
         text = json.dumps(metrics, ensure_ascii=False, indent=2) + "\n"
         (out / "metrics.json").write_text(text, encoding="utf-8")
     if args.metric == "ner":
-        write_report(out / "report.html", rows, metrics, f"{args.data_name} 测试报告", subtitle)
+        write_report(out / "report.html", rows, metrics, rated, f"{args.data_name} 测试报告", subtitle)
     say(f"结果已写到 {out}/: {'、'.join(WRITTEN[args.metric])}")
 
     print("预测：", [row["prediction"] for row in rows[:SHOWN]], end="\n\n")
     print("真实：", [row["answer"] for row in rows[:SHOWN]], end="\n\n")
     if args.metric == "ner":
-        # The answer format has no offsets, so even perfect answers can miss by position.
-        perfect = [
-            {**r, "entities": locate(r["text"], parse_answer(r["answer"]).entities, nested), "problems": {}}
-            for r in rows
-        ]
-        print(score_table(metrics, perfect=score(perfect, labels)))
+        print(score_table(metrics, perfect=score(as_answered_perfectly(rows, nested), labels)))
+        print(calibration_text(metrics["calibration"]))
     elif args.metric == "exact":
         share, interval = metrics["exact"]["share"], percents(metrics["exact"]["interval"])
         print(f"与标准答案完全相同 {share:.2%}，95% 区间 {interval}，样本数 {metrics['examples']}")

@@ -31,11 +31,12 @@ import torch
 
 from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
-from alpaca.models.adapter_files import read_adapter, weights_file
+from alpaca.models.adapter_files import adapter_sha256, read_adapter, weights_file
 from alpaca.models.adapters import adapter_or_old
 from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, is_finite, read_base, read_json
 from alpaca.models.facts import TRAIN_ARGS, read_facts, template_of
 from alpaca.models.tokenizer import BOS, EOS, load_tokenizer, tokenizer_files
+from alpaca.scoring.calibration import CALIBRATION, read_calibration
 from alpaca.weights.checksums import PUBLISHED, hash_in_background, print_sum, sha256_of
 from alpaca.weights.llama_layout import check_places, count_files, params_of
 from alpaca.weights.lora_adapters import add_adapters
@@ -254,6 +255,9 @@ def main(args):
             if (folder / TRAIN_ARGS).is_file():
                 shutil.copyfile(folder / TRAIN_ARGS, work / TRAIN_ARGS)
                 break
+        last = adapters[-1].folder
+        if read_calibration(last, adapter_sha256(last)):
+            shutil.copyfile(last / CALIBRATION, work / CALIBRATION)
         for path, digest in sums.items():
             print_sum(path, digest.result())
         print_sum(tokenizer.source, tokenizer.sha256)

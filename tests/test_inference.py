@@ -1,7 +1,6 @@
 """test.py, predict.py and chat_ner.py as a user runs them.     python -m pytest tests/test_inference.py"""
 
 import json
-import math
 import re
 import shutil
 import signal
@@ -18,6 +17,7 @@ from alpaca.models.base import DEFAULT_BASE
 from alpaca.models.templates import message_of
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.scoring import metrics
+from alpaca.scoring.calibration import rate_confidence
 from alpaca.training.adapter_writer import training_facts
 from dataset import parse_answer, read_examples
 from harness import INSTRUCTION, ROOT, make_records, run_script, write_jsonl
@@ -57,7 +57,7 @@ def test_every_dev_row_has_a_prediction(tested, workspace):
 
 def test_metrics_can_be_recomputed_from_the_file(tested):
     _, rows, scores = tested
-    assert metrics.score(rows, ["人名", "地名"]) == scores
+    assert metrics.score(rows, ["人名", "地名"]) | {"calibration": rate_confidence(rows).figures} == scores
     assert scores["string"]["micro"]["support"] == sum(len(row["gold"]) for row in rows) > 0
 
 
@@ -87,8 +87,11 @@ def test_rehearsal_is_no_part_of_the_task(workspace, base_dir, tmp_path):
 
 
 def test_too_long_a_row_keeps_its_place_and_counts_as_missed(workspace, tmp_path):
+    """One whose instruction leaves no room; a long text is answered in windows, and its score is that of the whole."""
     dev = read_rows(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:3]
-    dev[1] = {"instruct": INSTRUCTION, "query": "文本：" + "王明去年在北京。" * 200, "answer": "王明_人名\n北京_地名"}
+    dev[1] = {"instruct": "说" * 600, "query": "文本：王明在北京。", "text": "王明在北京。"}
+    dev[1]["answer"] = "王明_人名"
+    dev[2] = {"instruct": INSTRUCTION, "query": "文本：" + "王明去年在北京。" * 200, "answer": "王明_人名\n北京_地名"}
     path = tmp_path / "dev.txt"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in dev), encoding="utf-8")
     result = run_script("test.py", "--data_name=mine", f"--dev_path={path}", *SHORT, cwd=workspace)
@@ -96,7 +99,8 @@ def test_too_long_a_row_keeps_its_place_and_counts_as_missed(workspace, tmp_path
     assert [row["prediction"] is None for row in rows] == [False, True, False]
     assert "1 条超过模型的长度上限" in result.stdout
     # without offsets of its own, gold is located by the answer: all 200 of each
-    assert [len(entity["spans"]) for entity in rows[1]["gold"]] == [200, 200]
+    assert [len(entity["spans"]) for entity in rows[2]["gold"]] == [200, 200]
+    assert "1 条比训练的文本长，像 predict.py 那样在句末切开回答（0 处没有句末" in result.stderr
 
 
 def test_base_alone(workspace, base_dir):
@@ -288,12 +292,10 @@ def test_less_sure_entities_are_left_out(workspace, adapter, tmp_path):
     options = [f"--lora_model={adapter}", f"--input_path={path}", f"--output_path={tmp_path}/o", *SHORT]
     run_script("predict.py", *options, cwd=workspace)
     found = [entity for row in read_rows(tmp_path / "o") for entity in row["entities"]]
-    least = sorted(math.exp(entity["confidence"]) for entity in found)[len(found) // 2]
+    least = sorted(entity["confidence"] for entity in found)[len(found) // 2]
     run_script("predict.py", *options, f"--min_confidence={least}", cwd=workspace)
     kept = [entity for row in read_rows(tmp_path / "o") for entity in row["entities"]]
-    assert kept == [entity for entity in found if math.exp(entity["confidence"]) >= least] and 0 < len(kept) < len(
-        found
-    )
+    assert kept == [entity for entity in found if entity["confidence"] >= least] and 0 < len(kept) < len(found)
 
 
 def test_nothing_breaks_on_odd_texts(workspace, adapter, tmp_path):
@@ -321,7 +323,7 @@ def test_nothing_breaks_on_odd_texts(workspace, adapter, tmp_path):
         assert parsed == (parsed.entities, [], [], [], [])
         assert row.get("problems", {}).keys() <= {"repeated", "abandoned", "cut"}
         for entity in row["entities"]:
-            assert entity["confidence"] <= 0
+            assert 0 <= entity["confidence"] <= 1 and entity["log_probability"] <= 0
             assert all(row["text"][begin:end] == entity["entity"] for begin, end in entity["spans"])
 
 

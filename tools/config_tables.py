@@ -104,7 +104,7 @@ CHINESE = {
         "标签:名称：原始标签和答案里的名称；名称里不能有 _；名称留空就不要这一类"
     ),
     "folder of the model whose tokenizer counts the tokens": "用哪个文件夹里的分词器计 token 数",
-    "most tokens of prompt + answer: longer texts are cut at sentence ends": "提示词 + 答案最多几个 token；更长的文本在句末切开",
+    "most tokens of prompt + answer: longer training texts are cut at sentence ends": "提示词 + 答案最多几个 token；更长的训练文本在句末切开",
     "for audit_only: name of the column that holds the instruction": "检查时：指令那一列的名字",
     "for audit_only: name of the column that holds the query": "检查时：输入那一列的名字",
     "for audit_only: name of the column that holds the answer": "检查时：答案那一列的名字",
@@ -198,7 +198,7 @@ CHINESE = {
     "file of texts to predict: one a line, or one JSON object a line with text or query": "要预测的文件：一行一段文本，或一行一个带 text（或 query）的 JSON",
     "file to write the results to, as JSON lines; None: print them": "结果写到哪个文件，JSON lines；None：打印出来",
     "True: continue after the rows that output_path already holds": "True：接着 output_path 里已有的行往下做",
-    "leave out entities of less confidence, 0 to 1; 0: none": "略去置信度低于它的实体，0 到 1；0：都留下",
+    "leave out entities that are right with less probability, 0 to 1; 0: none": "略去正确的概率低于它的实体，0 到 1；0：都留下",
     "True: continue after the rows that predictions.jsonl already holds": "True：接着 predictions.jsonl 里已有的行往下做",
     # chat_ner.py
     "folder of the base model; None: the base that the adapter was trained on; given alone: no adapter": "基座模型的文件夹；None：训练 LoRA 时用的基座；只给它：不加 LoRA",

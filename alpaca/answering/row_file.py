@@ -14,13 +14,14 @@ from alpaca.common.console import end_bars, say
 from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
+from alpaca.models.adapter_files import adapter_sha256
 from alpaca.models.adapters import open_output
 from alpaca.models.base import base_folder, check_model_dir
 from alpaca.models.base_files import tensors_sha256
 from alpaca.models.facts import template_of
 from alpaca.models.tokenizer import load_tokenizer
 
-WEIGHTS = (".safetensors", ".bin")
+ROWS = "entities with log_probability and confidence"  # earlier ones had only a confidence, the mean of a token
 DECIDES = ("max_new_tokens", "constrained", "base_weights")  # options that the rows depend on
 KNOWN_BY_CONTENT = ("adapter", "base", "tokenizer", "input")  # these may stand elsewhere when a run goes on
 
@@ -31,27 +32,25 @@ def made_with(args, adapter, train_args, facts, input_path, **more):
     check_model_dir(base)
     tokenizer = load_tokenizer(args.tokenizer_path or base, template_of(facts, args.template))
     return {
+        "rows": ROWS,
         "adapter": adapter and str(adapter),
-        "adapter_sha256": adapter and _sha256(file for file in sorted(adapter.iterdir()) if file.suffix in WEIGHTS),
+        "adapter_sha256": adapter and adapter_sha256(adapter),
         "base": str(base),
         "base_sha256": tensors_sha256(base),
         "tokenizer": str(args.tokenizer_path or base),
         "tokenizer_sha256": tokenizer.sha256,
         "template": tokenizer.template.sha256,
         "input": input_path and str(input_path),
-        "input_sha256": input_path and _sha256([Path(input_path)]),
+        "input_sha256": input_path and _sha256(Path(input_path)),
         **{name: getattr(args, name) for name in DECIDES},
         "precision": pick_precision(args.precision, "cuda" if torch.cuda.is_available() else "cpu"),
         **more,
     }
 
 
-def _sha256(files):
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def _sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RowFile:
@@ -76,6 +75,16 @@ class RowFile:
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
         self.count += 1
+
+
+def rewrite(path, rows):
+    """Replace the rows of a file that is whole; one that ends early leaves the old ones."""
+    new = Path(path).with_name(Path(path).name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from alpaca.answering.generate import Request, answer_requests, draw
-from alpaca.answering.predictions import make_grammar, row_of
+from alpaca.answering.predictions import make_grammar, quoted_text, row_of
 from alpaca.answering.row import Answer
 from alpaca.answering.windows import cutter, row_of_text, whole
 from alpaca.common.devices import pick_device
@@ -18,9 +18,9 @@ KNOWN = 100_000  # equal texts among so many are answered once; an answer takes 
 ENCODED = 64  # texts that are encoded together
 
 
-def load_answering(args, adapter, train_args, facts, labels, nested, cut_long=True):
-    """The Answering that the options of test.py or predict.py, and what find_adapter returned, say. cut_long: whether
-    texts that are too long become windows."""
+def load_answering(args, adapter, train_args, facts, labels, nested, instructs=None, calibration=None):
+    """The Answering that the options of test.py or predict.py, and what find_adapter returned, say. Texts that are too long
+    become windows; labels=None: another task than NER, of which nothing is cut."""
     model, tokenizer = load_for_inference(
         *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, pick_device(args.devices)),
         merge=True,
@@ -28,8 +28,10 @@ def load_answering(args, adapter, train_args, facts, labels, nested, cut_long=Tr
         template=args.template,
     )
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
-    cut = cutter(model, tokenizer, train_args, facts) if cut_long else _uncut
-    return Answering(model, tokenizer, cut, labels, args.max_new_tokens, args.batch_size, grammar, nested)
+    cut = _uncut if labels is None else cutter(model, tokenizer, train_args, facts)
+    limits = args.max_new_tokens, args.batch_size
+    calibration = calibration if grammar else None
+    return Answering(model, tokenizer, cut, labels, *limits, grammar, nested, instructs, calibration)
 
 
 def _uncut(examples):
@@ -55,6 +57,8 @@ class Answering(NamedTuple):
     batch_size: int
     grammar: object = None
     nested: bool = False
+    instructs: list | None = None  # of predictions.held_instructs
+    calibration: object = None  # of scoring/calibration.py
 
     def __call__(self, numbered, expected):
         """Yield lists of (number, [row, ends inside a sentence]) of the texts that are answered, in whatever order.
@@ -78,7 +82,8 @@ class Answering(NamedTuple):
     def _row(self, text):
         parts = zip(text.cut.parts, text.answers, strict=True)
         rows = [row_of(part, answer, self.labels, self.nested) for part, answer in parts]
-        return [row_of_text(text.example, text.cut, rows), text.cut.inside]
+        rules = self.calibration, self.nested, self.instructs
+        return [row_of_text(text.example, text.cut, rows, *rules), text.cut.inside]
 
     def _requests(self, numbered, asked, known, done):
         """The Requests of what was not asked before. asked: {number: Asked}; known: {digest: the answer, packed, or, while
@@ -101,7 +106,7 @@ class Answering(NamedTuple):
                 if None not in asked[number].answers:
                     done.append(number)
             for (digest, part), prompt in zip(new, prompts_of([part for _, part in new]), strict=True):
-                yield Request(digest, prompt, part["text"])
+                yield Request(digest, prompt, quoted_text(part, self.instructs))
             while len(known) > KNOWN and isinstance(known[oldest := next(iter(known))], bytes):
                 del known[oldest]
             if len(items) < ENCODED or not new:

@@ -3,8 +3,11 @@
 from functools import lru_cache, partial
 from typing import NamedTuple
 
+from alpaca.answering.predictions import quoted_text
+from alpaca.common.console import say
 from alpaca.models.cut_text import Window, cut_text, room_for_text, token_ends
 from alpaca.models.layers import positions_of
+from alpaca.scoring.calibration import with_confidence
 from dataset import NO_ENTITY, gold_entities, task_of
 
 
@@ -19,29 +22,29 @@ class CutExample(NamedTuple):
 def join_rows(text, windows, rows):
     """The rows of predictions.jsonl of a text's windows -> that of the text, with the offsets in it.
 
-    An entity that several windows name has the spans of all and the confidence of the surest. What the answer is
+    An entity that several windows name has the spans of all and the probability of the surest. A window that was too long
+    to be answered counts as an answer that was cut; where no window was answered, the text was not. What the answer is
     compared with (`answer`, `gold`) is not the windows' and left to the caller.
     """
     entities, problems = {}, {}
+    answered = [row for row in rows if row["prediction"] is not None]
+    if len(answered) < len(rows):
+        problems["cut"] = len(rows) - len(answered)
     for (begin, _), row in zip(windows, rows, strict=True):
         for entity in row["entities"]:
             spans = [[begin + first, begin + last] for first, last in entity["spans"]]
             known = entities.setdefault((entity["entity"], entity["type"]), {**entity, "spans": []})
             known["spans"] += spans
-            known["confidence"] = max(known["confidence"], entity["confidence"])
+            known["log_probability"] = max(known["log_probability"], entity["log_probability"])
         for name, count in row.get("problems", {}).items():
             problems[name] = problems.get(name, 0) + count
-    lines = dict.fromkeys(line for row in rows for line in (row["prediction"] or "").split("\n") if line)
+    lines = dict.fromkeys(line for row in answered for line in row["prediction"].split("\n") if line)
     lines.pop(NO_ENTITY, None)
-    joined = {
-        "text": text,
-        "answer": None,
-        "prediction": None if any(row["prediction"] is None for row in rows) else "\n".join(lines) or NO_ENTITY,
-        "entities": list(entities.values()),
-    }
-    if joined["prediction"] is not None:
-        joined["log_probability"] = round(sum(row["log_probability"] for row in rows), 4)
-    return {**joined, "problems": problems} if problems else joined
+    joined = {"text": text, "answer": None, "prediction": None, "entities": list(entities.values())}
+    if answered:
+        joined["prediction"] = "\n".join(lines) or NO_ENTITY
+        joined["log_probability"] = round(sum(row["log_probability"] for row in answered), 4)
+    return {**joined, "problems": problems} if problems and answered else joined
 
 
 def cut_examples(examples, model, tokenizer, train_args, facts):
@@ -88,27 +91,36 @@ def cutter(model, tokenizer, train_args, facts):
     return cut_all
 
 
+def say_cuts(cuts):
+    """Say how many texts are answered in windows, where some are."""
+    if long := [cut for cut in cuts if len(cut.parts) > 1]:
+        inside = sum(len(cut.inside) for cut in long)
+        say(f"{len(long)} 条比训练的文本长，像 predict.py 那样在句末切开回答（{inside} 处没有句末，切在句子里面）")
+
+
 def whole(example):
     """An example that is not cut."""
     return CutExample([example], [Window(0, len(example["text"]))], [])
 
 
-def rows_of_texts(examples, cuts, rows):
+def rows_of_texts(examples, cuts, rows, calibration=None, nested=False, instructs=None):
     """Yield each example's row of predictions.jsonl. cuts: the CutExample of each. rows: an iterator over the rows of all
-    their parts, in order."""
+    their parts, in order. The rest: as in row_of_text."""
     for example, cut in zip(examples, cuts, strict=True):
-        yield row_of_text(example, cut, [next(rows) for _ in cut.parts])
+        yield row_of_text(example, cut, [next(rows) for _ in cut.parts], calibration, nested, instructs)
 
 
-def row_of_text(example, cut, rows):
+def row_of_text(example, cut, rows, calibration=None, nested=False, instructs=None):
     """An example's row of predictions.jsonl, from those of its parts: behind its own keys, with what is right for it, where
-    known."""
-    own = example.get("own", {})
+    known, and with confidences. calibration: of scoring/calibration.py, or None; it is for answers that a grammar holds, see
+    predictions.held_instructs. nested: as in dataset.nests."""
     if not rows:
-        return {**own, "text": example["text"], "answer": example["answer"], "prediction": "", "entities": []}
-    if len(rows) == 1:
-        return {**own, **rows[0]}
-    row = join_rows(example["text"], cut.windows, rows)
-    if example["answer"] is not None:
-        row |= {"answer": example["answer"], "gold": gold_entities(example)}
-    return {**own, **row}
+        row = {"text": example["text"], "answer": example["answer"], "prediction": "", "entities": []}
+    elif len(rows) == 1:
+        (row,) = rows
+    else:
+        row = join_rows(example["text"], cut.windows, rows)
+        if example["answer"] is not None:
+            row |= {"answer": example["answer"], "gold": gold_entities(example, nested)}
+    calibration = calibration if quoted_text(example, instructs) is not None else None
+    return {**example.get("own", {}), **with_confidence(row, calibration)}

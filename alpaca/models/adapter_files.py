@@ -5,6 +5,7 @@ adapter_model.safetensors or .bin with lora_A (rank x in) and lora_B (out x rank
 tensors for modules_to_save.
 """
 
+import hashlib
 import math
 import re
 from pathlib import Path
@@ -53,6 +54,12 @@ def weights_file(folder):
     if file is None:
         raise UserError(f"{folder}: neither {files[0].name} nor {files[1].name} in it; download the adapter's weights")
     return file
+
+
+def adapter_sha256(folder):
+    """Hex digest of the file of an adapter's weights."""
+    with weights_file(folder).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_adapter(folder):

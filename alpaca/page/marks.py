@@ -1,6 +1,5 @@
 """Rows of predictions.jsonl and exchanges of the chat as HTML: here is computed what marks.html.jinja shows."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +55,9 @@ def row_html(row, labels):
     if labels is None:
         shown = HTML.text_box(row["prediction"] or "")
     else:
-        shown = HTML.marked_text(pieces_of(row, labels)) + HTML.entity_table(entity_lines(row, labels))
+        shown = HTML.marked_text(pieces_of(row, labels)) + HTML.entity_table(
+            entity_lines(row, labels), row["calibrated"]
+        )
     return str(shown + HTML.row_notes(row, problems.get("cut"), is_odd))
 
 
@@ -77,7 +78,7 @@ def colour_of(kind, labels):
 
 
 def entity_lines(row, labels):
-    """The lines of a row's table; the confidence is the mean probability of a token of the entity's line."""
+    """The lines of a row's table; the confidence is the probability that an entity is right."""
     lines = []
     for entity in row["entities"]:
         places = "，".join(f"{begin}–{end}" for begin, end in entity["spans"])
@@ -87,7 +88,7 @@ def entity_lines(row, labels):
                 "type": entity["type"],
                 "colour": colour_of(entity["type"], labels),
                 "places": places or ("在更长的实体里" if entity["entity"] in row["text"] else "不在原文"),
-                "confidence": f"{math.exp(entity['confidence']):.1%}",
+                "confidence": f"{entity['confidence']:.1%}",
             }
         )
     return lines

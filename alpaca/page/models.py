@@ -4,8 +4,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from alpaca.answering.confidence import calibration_of
 from alpaca.answering.generate import stream, without_template
-from alpaca.answering.predictions import make_grammar, predict_rows
+from alpaca.answering.predictions import held_instructs, make_grammar, predict_rows
 from alpaca.answering.standby import Standby
 from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.common.console import say
@@ -104,21 +105,24 @@ class Models:
 
     def answer_texts(self, name, records):
         """Yield an Answered after each window of the texts (records: those of read_texts), the last with the rows."""
-        _, train_args, facts = self.choices[name]
+        folder, train_args, facts = self.choices[name]
+        calibration = calibration_of(self.args, folder, train_args, self.base) if self.grammar(name) else None
         labels, instruct, query_prefix = task_of(facts)
         examples = [example_of_input(record, instruct, query_prefix) for record in records]
         cuts = cut_examples(examples, self.model, self.tokenizer, train_args, facts)
         parts = [part for cut in cuts for part in cut.parts]
         limits = self.args.max_new_tokens, self.args.batch_size
         nested = facts.get("nested", False)
-        rules = self.grammar(name), nested, self.standby
+        instructs = held_instructs(self.args.constrained, facts)
+        rules = self.grammar(name), nested, self.standby, instructs
         steps = predict_rows(self.model, self.tokenizer, parts, labels, *limits, *rules)
         rows = []
         yield Answered(0, len(parts), None)
         for row in self._take_turns(name, steps):
             rows.append(row)
             yield Answered(len(rows), len(parts), None)
-        yield Answered(len(parts), len(parts), list(rows_of_texts(examples, cuts, iter(rows))))
+        rules = calibration, nested, instructs
+        yield Answered(len(parts), len(parts), list(rows_of_texts(examples, cuts, iter(rows), *rules)))
 
     def answer_question(self, name, question):
         """Yield the growing answer to free text."""

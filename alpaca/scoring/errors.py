@@ -1,5 +1,6 @@
 """What went wrong in rows of predictions.jsonl (described in metrics.py): errors by kind, type confusion, suspects."""
 
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -107,9 +108,15 @@ def precision_recall(rows):
 
 
 def suspects(rows):
-    """Indices of the rows whose spans differ from gold, the row that the model is surest of first.
+    """Indices of the rows that differ from gold and have a margin, the largest first, before them those of None.
 
-    Where the model has no doubt and yet disagrees, gold may be wrong.
+    Where the model finds its own answer far likelier than gold's, gold may be wrong; where no answer can state gold at
+    all, it names what is not in the text. The answer's own probability would put every confident `没有` first.
     """
-    different = [i for i, row in enumerate(rows) if row["prediction"] is not None and any(_wrong_spans(row))]
-    return sorted(different, key=lambda i: -rows[i]["log_probability"])
+    margins = {i: rows[i]["margin"] for i in different(rows) if "margin" in rows[i]}
+    return sorted(margins, key=lambda i: -math.inf if margins[i] is None else -margins[i])
+
+
+def different(rows):
+    """Indices of the rows that were answered and whose spans are not gold's."""
+    return [i for i, row in enumerate(rows) if row["prediction"] is not None and any(_wrong_spans(row))]

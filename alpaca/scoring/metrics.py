@@ -3,8 +3,10 @@
 Works on the rows of predictions.jsonl alone, so that all of it can be recomputed from the file:
 
     {"text", "answer", "prediction": raw string or None (counts as missed), "log_probability": of the whole answer,
-     "entities": [{"entity", "type", "spans", "confidence"}], "gold": [{"entity", "type", "spans"}],
-     "problems": {"malformed": n, …}}
+     "entities": [{"entity", "type", "spans", "log_probability", "confidence"}], "calibrated": whether a calibration made
+     the confidences, "gold": [{"entity", "type", "spans"}], "problems": {"malformed": n, …},
+     "margin": log-probability of the prediction less that of the right answer, where the two differ; None: nothing can
+     state that answer}
 
 Spans are [begin, end) in characters of text; "problems" holds only the counts (keys of PROBLEMS) that are not 0.
 "entities" is what the model said, "gold" what is right.
@@ -15,6 +17,8 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy
+
+from dataset import locate, parse_answer
 
 PROBLEMS = {
     "malformed": "格式错误",
@@ -131,6 +135,14 @@ def exact(rows):
     interval = _interval([Counts(hit, 1, 1) for hit in hits])  # one answer predicted and one right: F1 is the share
     cut = sum(row.get("problems", {}).get("cut", 0) for row in rows)
     return {"exact": {"share": share, "interval": interval}, "cut": cut, "examples": len(rows)}
+
+
+def as_answered_perfectly(rows, nested):
+    """The rows as if each had been answered with gold. The answer format has no offsets, so even then spans can be wrong."""
+    return [
+        {**row, "entities": locate(row["text"], parse_answer(row["answer"]).entities, nested), "problems": {}}
+        for row in rows
+    ]
 
 
 def score_table(metrics, perfect=None):

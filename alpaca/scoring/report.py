@@ -33,13 +33,14 @@ class Piece(NamedTuple):
     sides: list  # "gold" where it lies in a gold span, "predicted" where it lies in a predicted one
 
 
-def write_report(path, rows, metrics, title, subtitle):
-    """Write report.html. rows: with gold; metrics: what metrics.score says of them."""
+def write_report(path, rows, metrics, rated, title, subtitle):
+    """Write report.html. rows: with gold; metrics: what metrics.score says of them; rated: of calibration.rate_confidence."""
     page = TEMPLATES.get_template("report.html.jinja").render(
         title=title,
         subtitle=subtitle,
         scores=score_values(metrics),
         curve=curve_values(rows),
+        calibration=calibration_values(rated),
         confusion=confusion_values(rows, [name for name in types_and_total(metrics) if name != "micro"]),
         errors=error_values(rows),
         suspects=suspect_values(rows),
@@ -81,7 +82,38 @@ def curve_values(rows):
         f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
         rates = [f"{100 * rate:.2f}" for rate in (precision, recall, f1)]
         x, y = place(precision, recall)
-        lines.append({"x": x, "y": y, "values": [f"{threshold:.4f}", f"{math.exp(threshold):.2%}", *rates]})
+        lines.append({"x": x, "y": y, "values": [f"{threshold:.4f}", *rates]})
+    return {
+        **_square(),
+        "path": " ".join(",".join(place(point.precision, point.recall)) for point in points),
+        "lines": lines,
+    }
+
+
+def calibration_values(rated):
+    """Share of right entities over confidence, as points and bars, before and after; None without entities."""
+    if not rated.raw:
+        return None
+    rates, series = rated.figures, []
+    for name, suffix, found in (("未校准", "_raw", rated.raw), ("校准后", "", rated.calibrated)):
+        if not found:
+            continue
+        points = [{"x": f"{LEFT + SIZE * b.confidence:.1f}", "y": f"{TOP + SIZE * (1 - b.right):.1f}"} for b in found]
+        series.append(
+            {
+                "name": name,
+                "points": points,
+                "path": " ".join(f"{point['x']},{point['y']}" for point in points),
+                "error": f"{rates['error' + suffix]:.3f}",
+                "interval": "–".join(f"{bound:.3f}" for bound in rates["error_interval" + suffix]),
+                "log_loss": f"{rates['log_loss' + suffix]:.3f}",
+            }
+        )
+    return {**_square(), "series": series, "count": rates["n"], "own": rated.own}
+
+
+def _square():
+    """The frame of a picture whose two axes go from 0 to 1."""
     ticks = (0, 0.2, 0.4, 0.6, 0.8, 1)
     return {
         "size": SIZE,
@@ -90,8 +122,6 @@ def curve_values(rows):
         "top": TOP,
         "bottom": TOP + SIZE,
         "ticks": [{"x": LEFT + SIZE * t, "y": TOP + SIZE * (1 - t), "name": f"{t:g}"} for t in ticks],
-        "path": " ".join(",".join(place(point.precision, point.recall)) for point in points),
-        "lines": lines,
     }
 
 
@@ -173,10 +203,18 @@ def suspect_values(rows):
                 "pieces": marked_pieces(row["text"], spans["gold"], spans["entities"]),
                 "gold": _answer(row["gold"]),
                 "predicted": _answer(row["entities"]),
-                "chance": f"{math.exp(row['log_probability']):.1%}",
+                "times": times_text(row["margin"]),
             }
         )
     return {"count": len(found), "shown": shown}
+
+
+def times_text(margin):
+    """What a margin of log-probabilities says of the answer and gold."""
+    if margin is None:
+        return "标准里有原文没有的实体，或没有的类型"
+    times = f"{math.exp(margin):,.1f} 倍" if margin < math.log(1e6) else "一百万倍以上"
+    return f"预测的概率是标准的 {times}"
 
 
 def _answer(entities):

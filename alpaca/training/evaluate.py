@@ -6,24 +6,27 @@ import torch.distributed as dist
 
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.predictions import predict_rows
+from alpaca.answering.windows import cut_examples, rows_of_texts
 from alpaca.scoring.metrics import score
 from alpaca.training.lora import for_answers
 
 
-def evaluate_f1(model, tokenizer, examples, labels, stop=lambda: False):
+def evaluate_f1(model, tokenizer, examples, args, facts, stop=lambda: False):
     """Micro-F1 by string of a PEFT model that is being trained: what test.py will say of its adapter on these examples.
 
-    None where `stop`, asked at each answer, ended it on a rank. Every rank answers its part. The LoRA is not merged, so
+    args, facts: the training's, as they will stand beside the adapter; long texts are cut into windows by them. None where `stop`, asked at each answer, ended it on a rank. Every rank answers its part. The LoRA is not merged, so
     that no weight is copied. In half precision that, and the parts of several ranks, round differently than test.py's
     answers.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     with for_answers(model):
-        mine = examples[rank::ranks]
-        answers = predict_rows(model, tokenizer, mine, labels, grammar=AnswerGrammar(tokenizer, labels))
+        mine, labels = examples[rank::ranks], facts["labels"]
+        cuts = cut_examples(mine, model, tokenizer, args, facts)
+        parts = [part for cut in cuts for part in cut.parts]
+        answers = predict_rows(model, tokenizer, parts, labels, grammar=AnswerGrammar(tokenizer, labels))
         rows = list(takewhile(lambda row: not stop(), answers))
         answers.close()
-        rows = rows if len(rows) == len(mine) else None
+        rows = list(rows_of_texts(mine, cuts, iter(rows))) if len(rows) == len(parts) else None
     parts = [rows]
     if ranks > 1:
         parts = [None] * ranks

@@ -237,7 +237,7 @@ class Run:
         if not self.signal and self.args.eval_examples > 0:
             examples = self.dev_records[: self.args.eval_examples]
             scores["eval_f1"] = evaluate_f1(
-                self.model, self.tokenizer, examples, self.facts["labels"], lambda: bool(self.signals)
+                self.model, self.tokenizer, examples, self.args, self.facts, lambda: bool(self.signals)
             )
         if None in scores.values():
             self._asked_to_end()

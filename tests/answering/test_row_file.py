@@ -16,9 +16,9 @@ from alpaca.common.errors import UserError
 
 @pytest.fixture
 def facts(tmp_path, tokenizer_models):
-    for name in ("adapter", "base"):
+    for name, file in (("adapter", "adapter_model"), ("base", "model")):
         (tmp_path / name).mkdir()
-        save_file({"weight": torch.zeros(750_000)}, tmp_path / name / "model.safetensors")
+        save_file({"weight": torch.zeros(750_000)}, tmp_path / name / f"{file}.safetensors")
     shutil.copyfile(tokenizer_models / "base.model", tmp_path / "base" / "tokenizer.model")
     LlamaConfig().save_pretrained(tmp_path / "base")
     (tmp_path / "in.txt").write_text("一\n二\n三\n", encoding="utf-8")
@@ -61,7 +61,7 @@ def test_another_run_is_refused_with_both_values(tmp_path, facts, key, tokenizer
     elif key == "tokenizer":
         shutil.copyfile(tokenizer_models / "merged.model", tmp_path / "base" / "tokenizer.model")
     elif key in ("adapter", "base"):
-        with (tmp_path / key / "model.safetensors").open("r+b") as file:
+        with next((tmp_path / key).glob("*.safetensors")).open("r+b") as file:
             file.seek(2_999_000)
             file.write(b"y")
     named = f"{key}_sha256" if f"{key}_sha256" in facts else key

@@ -75,7 +75,7 @@ def test_rows_are_those_of_a_list_and_nothing_is_asked_twice(model, tokenizer, m
     for row in (*rows, *expected):
         row["log_probability"] = round(row.get("log_probability", 0), 2)
         for entity in row["entities"]:
-            entity["confidence"] = round(entity["confidence"], 2)
+            entity.update({key: round(entity[key], 2) for key in ("log_probability", "confidence")})
     assert rows == expected and len(cuts[4].parts) > 3
     assert len(asked) == len(set(asked)) == len({(p["instruct"], p["text"]) for p in parts}) < len(parts)
     assert kept == 0  # and with each row went its matcher

@@ -4,8 +4,9 @@ import random
 import time
 from types import SimpleNamespace
 
-from alpaca.answering.windows import cut_examples, join_rows
+from alpaca.answering.windows import CutExample, cut_examples, join_rows, row_of_text
 from alpaca.models.cut_text import cut_text
+from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
 from dataset import example_of_input
 
@@ -83,8 +84,8 @@ def test_a_book_takes_no_time():
 def test_joined_rows():
     text = "北京。上海北京。没有"
 
-    def entity(name, confidence, *spans):
-        return {"entity": name, "type": "地名", "spans": [list(span) for span in spans], "confidence": confidence}
+    def entity(name, score, *spans):
+        return {"entity": name, "type": "地名", "spans": [list(span) for span in spans], "log_probability": score}
 
     rows = [
         {
@@ -105,7 +106,36 @@ def test_joined_rows():
     }
     assert all(text[b:e] == found["entity"] for found in joined["entities"] for b, e in found["spans"])
     assert join_rows(text, [(8, 10)], rows[2:])["prediction"] == "没有"
-    assert join_rows(text, [(8, 10)], [{**rows[2], "prediction": None}])["prediction"] is None
+    unanswered = {"text": "没有", "prediction": None, "entities": [], "problems": {}}
+    joined = join_rows(text, [(0, 3), (3, 8), (8, 10)], [*rows[:2], unanswered])
+    assert (joined["prediction"], joined["log_probability"]) == ("北京_地名\n上海_地名", -1.25)
+    assert joined["problems"] == {"cut": 1, "repeated": 3} and len(joined["entities"]) == 2
+    joined = join_rows(text, [(0, 8), (8, 10)], [unanswered, unanswered])
+    assert joined == {"text": text, "answer": None, "prediction": None, "entities": []}
+
+
+def test_windows_leave_room_for_their_answers(base_dir):
+    """Half as many tokens as the text has, within what training had; and they use it."""
+    tokenizer, text = load_tokenizer(base_dir), "王明去年在北京说新闻，" * 300
+    example = example_of_input({"text": text}, "找", "文本：")
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
+    facts = {"labels": ["人名"], "instructs": ["找"], "text_tokens": 500}
+    for length, limit in ((300, 300), (900, 512)):
+        (cut,) = cut_examples([example], model, tokenizer, SimpleNamespace(max_seq_length=length), facts)
+        prompts = encode_prompts(tokenizer, [message_of(part["instruct"], part["query"]) for part in cut.parts])
+        texts = tokenizer.encode_texts([part["text"] for part in cut.parts])
+        rooms = [limit - len(prompt) - len(ids) // 2 for prompt, ids in zip(prompts, texts, strict=True)]
+        assert len(rooms) > 3 and -3 <= min(rooms) <= max(rooms[:-1]) < 40
+
+
+def test_gold_of_a_text_in_windows_is_that_of_the_whole():
+    """Where the corpus nests, with the places inside longer entities; rows without entities of their own say so, too."""
+    text = "北京大学在北京。"
+    example = {"text": text, "answer": "北京大学_机构名\n北京_地名", "entities": None, "instruct": "找"}
+    rows = [{"prediction": "没有", "entities": [], "log_probability": -1.0}] * 2
+    cut = CutExample([example] * 2, [(0, 4), (4, 8)], [])
+    golds = [row_of_text(example, cut, rows, nested=nested)["gold"][1]["spans"] for nested in (True, False)]
+    assert golds == [[[0, 2], [5, 7]], [[5, 7]]]
 
 
 def test_an_instruction_that_leaves_no_room_is_cut_into_nothing(base_dir):

@@ -165,10 +165,11 @@ def test_a_row_for_each_row_with_its_own_keys(tmp_path):
     assert [part["query"] for part in parts] == ["文本：程立群", "文本：天"]
     answers = [{"text": part["text"], "answer": None, "prediction": "没有", "entities": []} for part in parts]
     rows = list(rows_of_texts(examples, cuts, iter(answers)))
+    common = {"answer": None, "entities": [], "calibrated": False}
     assert rows == [
-        {"id": "a-7", "text": "程立群", "answer": None, "prediction": "没有", "entities": []},
-        {"id": "a-8", "text": "", "answer": None, "prediction": "", "entities": []},
-        {"n": 3, "text": "天", "answer": None, "prediction": "没有", "entities": []},
+        {"id": "a-7", "text": "程立群", "prediction": "没有", **common},
+        {"id": "a-8", "text": "", "prediction": "", **common},
+        {"n": 3, "text": "天", "prediction": "没有", **common},
     ]
 
 

@@ -298,6 +298,14 @@ def test_of_two_entities_that_overlap_the_first_is_marked():
     )
 
 
+def test_a_confidence_that_is_not_calibrated_is_called_so():
+    entity = {"entity": "北京", "type": "地名", "spans": [[0, 2]], "confidence": 0.9046, "log_probability": -2.5}
+    row = {"text": "北京", "prediction": "北京_地名", "entities": [entity], "calibrated": True}
+    shown = row_html(row, ["地名"])
+    assert "<th>置信度</th>" in shown and "<td>90.5%</td>" in shown
+    assert "<th>置信度（未校准）</th>" in row_html({**row, "calibrated": False}, ["地名"])
+
+
 def test_answers_of_another_task_stand_as_they_are():
     row = {"text": "一周有几天？", "prediction": "七天<br>", "entities": []}
     assert row_html(row, None) == '<div class="marked">七天&#60;br&#62;</div>'

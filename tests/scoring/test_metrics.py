@@ -1,6 +1,7 @@
 """python -m pytest tests/scoring/test_metrics.py: scores of rows counted by hand, and the report that shows them."""
 
 import json
+import math
 import random
 import re
 import unicodedata
@@ -8,9 +9,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from alpaca.scoring.calibration import Bin, Rated, rate_confidence
 from alpaca.scoring.errors import confusion, errors, precision_recall, suspects
 from alpaca.scoring.metrics import PROBLEMS, Span, exact, score, score_table
-from alpaca.scoring.report import marked_pieces, write_report
+from alpaca.scoring.report import marked_pieces, times_text, write_report
 
 LABELS = ["人名", "地名", "机构名"]
 
@@ -227,8 +229,9 @@ def test_against_seqeval():
         assert ours[name]["f1"] == pytest.approx(report[theirs]["f1-score"])
 
 
-def sure(entities, confidence=-0.1):
-    return [{**item, "confidence": confidence} for item in entities]
+def sure(entities, confidence=0.9):
+    """log_probability: such that rating it raw finds the same."""
+    return [{**item, "confidence": confidence, "log_probability": math.log(confidence)} for item in entities]
 
 
 WRONG = [
@@ -240,15 +243,17 @@ WRONG = [
             [entity("李四", "人名", (0, 2)), entity("上海", "地名", (3, 5)), entity("天津", "地名", (6, 8))],
         ),
         "log_probability": -0.5,
+        "margin": -0.5,
     },
     # too long, with the wrong type too; what overlaps the same gold span a second time is spurious
     {
         **row(
             "在北京大学说",
-            sure([entity("北京大学说", "地名", (1, 6)), entity("在北", "地名", (0, 2))], -2.0),
+            sure([entity("北京大学说", "地名", (1, 6)), entity("在北", "地名", (0, 2))], 0.2),
             [entity("北京大学", "机构名", (1, 5))],
         ),
         "log_probability": -3.0,
+        "margin": 2.5,
     },
     # a line without a type, an entity that is not in the text
     {
@@ -285,24 +290,29 @@ def test_confusion():
 
 def test_precision_recall():
     rows = [
-        row("甲", sure([entity("甲", "人名", (0, 1))], 0.0), [entity("甲", "人名", (0, 1))]),
-        row("乙", sure([entity("乙", "人名", (0, 1))], -1.0), []),
-        row("丙", sure([entity("丙", "人名", (0, 1))], -1.0), [entity("丙", "人名", (0, 1))]),
+        row("甲", sure([entity("甲", "人名", (0, 1))], 1.0), [entity("甲", "人名", (0, 1))]),
+        row("乙", sure([entity("乙", "人名", (0, 1))], 0.5), []),
+        row("丙", sure([entity("丙", "人名", (0, 1))], 0.5), [entity("丙", "人名", (0, 1))]),
         row("丁", [], [entity("丁", "人名", (0, 1))]),
     ]
-    assert precision_recall(rows) == [(0.0, 1.0, 1 / 3), (-1.0, 2 / 3, 2 / 3)]
+    assert precision_recall(rows) == [(1.0, 1.0, 1 / 3), (0.5, 2 / 3, 2 / 3)]
 
 
 def test_suspects():
-    """Where the answer differs from gold, the surest first; not where nothing was answered."""
+    """Where the answer differs from gold, the largest margin to gold's own probability first, a sure 没有 behind others;
+    not where nothing was answered, nor where gold's could not be computed. First what no answer can state."""
     gold = [entity("北京", "地名", (0, 2))]
     right = {**row("北京", sure(gold), gold), "log_probability": 0.0}
-    assert suspects([right, *WRONG]) == [1, 2]
+    surest = {**row("北京", [], gold), "log_probability": -0.001, "margin": 1.0}
+    impossible = {**row("北京", [], gold), "log_probability": -2.0, "margin": None}
+    unknown = {**row("北京", [], gold), "log_probability": -0.1}
+    assert suspects([right, surest, unknown, impossible, *WRONG]) == [3, 5, 1, 4]
 
 
 def test_report(tmp_path):
-    rows = [*WRONG, {**row("<b>&", sure([entity("<b>", "人名", (0, 3))]), []), "log_probability": -0.01}]
-    write_report(tmp_path / "report.html", rows, score(rows, LABELS), "试 <1>", "a & b")
+    more = {"log_probability": -0.01, "margin": 0.1}
+    rows = [*WRONG, {**row("<b>&", sure([entity("<b>", "人名", (0, 3))]), []), **more}]
+    write_report(tmp_path / "report.html", rows, score(rows, LABELS), rate_confidence(rows), "试 <1>", "a & b")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>试 &lt;1&gt;</title>" in page and "<b>" not in page and "http" not in page.replace("xmlns", "")
     for title, count in (("漏掉", 2), ("多报", 2), ("边界错", 1), ("类型错", 1), ("格式错误", 1), ("不在原文", 1)):
@@ -313,8 +323,8 @@ def test_report(tmp_path):
 
 def test_report_shows_white_space(tmp_path):
     text = "甲\n\n  乙\t丙    丁"
-    rows = [{**row(text, [], [entity("丁", "人名", (12, 13))]), "log_probability": -0.1}]
-    write_report(tmp_path / "report.html", rows, score(rows, LABELS), "试", "")
+    rows = [{**row(text, [], [entity("丁", "人名", (12, 13))]), "log_probability": -0.1, "margin": 1.0}]
+    write_report(tmp_path / "report.html", rows, score(rows, LABELS), rate_confidence(rows), "试", "")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.search(r"^li \{[^}]*white-space: pre-wrap", page, re.M)
     # what is shown of white space is the text's, and none of the page's own
@@ -347,11 +357,11 @@ class Tables(HTMLParser):
 
 def test_report_shows_the_figures(tmp_path):
     metrics = score(WRONG, LABELS)
-    write_report(tmp_path / "report.html", WRONG, metrics, "试", "")
+    write_report(tmp_path / "report.html", WRONG, metrics, rate_confidence(WRONG), "试", "")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     parser = Tables()
     parser.feed(page)
-    scores, curve, types = parser.tables
+    scores, curve, confidence, types = parser.tables
     assert scores == [
         ["", "按实体", "按位置"],
         ["类型", *["P", "R", "F1", "支持数"] * 2],
@@ -363,8 +373,12 @@ def test_report_shows_the_figures(tmp_path):
     low, high = metrics["span"]["micro"]["f1_interval"]
     assert f"按位置 {100 * low:.2f}–{100 * high:.2f}。" in page and "句子 4，格式错误 1，" in page
     # of the two thresholds, three of five entities have the first
-    assert [line[0] for line in curve[1:]] == ["-0.1000", "-0.1000", *["-2.0000"] * 3]
-    assert curve[-1] == ["-2.0000", "13.53%", "20.00", "20.00", "20.00"]
+    assert [line[0] for line in curve[1:]] == ["0.9000", "0.9000", *["0.2000"] * 3]
+    assert curve[1] == ["0.9000", "33.33", "20.00", "25.00"] and curve[-1] == ["0.2000", "20.00", "20.00", "20.00"]
+    # of five entities one is right: 0.2 twice and 0.9 twice in vain, 0.9 once rightly, each in a group of its own
+    loss = -(2 * math.log(0.8) + 2 * math.log(0.1) + math.log(0.9)) / 5
+    assert "未校准" in page and confidence[1][1] == "0.460" and confidence[1][3] == f"{loss:.3f}"
+    assert "5 个预测的实体" in page and "没有校准。" in page
     assert types == [
         ["标准 \\ 预测", "人名", "地名", "机构名", "（漏掉）"],
         ["人名", "1", "0", "0", "0"],
@@ -372,13 +386,39 @@ def test_report_shows_the_figures(tmp_path):
         ["机构名", "0", "0", "0", "1"],
         ["（多报）", "0", "2", "0", ""],
     ]
-    assert "标准 上海（地名）；预测 上海（机构名），置信度 -0.1000" in page
-    assert "标准 北京大学_机构名；预测 北京大学说_地名、在北_地名；整条回答的概率 5.0%" in page
+    assert "标准 上海（地名）；预测 上海（机构名），置信度 0.9000" in page
+    assert "标准 北京大学_机构名；预测 北京大学说_地名、在北_地名；预测的概率是标准的 12.2 倍" in page
+    found = [times_text(margin) for margin in (-0.5, 13.8, 13.9, None)]
+    assert found[:2] == ["预测的概率是标准的 0.6 倍", "预测的概率是标准的 984,609.1 倍"]
+    assert found[2].endswith("一百万倍以上") and "原文没有的实体" in found[3]
+
+
+def test_report_shows_confidences_before_and_after(tmp_path):
+    """Each figure in its place, and of each group a point: how sure, how often right."""
+    before, after = (
+        dict(zip(("error", "error_interval", "log_loss"), figures, strict=True))
+        for figures in ((0.111, [0.101, 0.122], 0.444), (0.022, [0.011, 0.033], 0.333))
+    )
+    figures = after | {f"{name}_raw": value for name, value in before.items()} | {"n": 77}
+    points = [Bin(0.25, 0.5, 7)], [Bin(0.5, 0.25, 7)]
+    for own, said in ((True, "由另外九折数据得出"), (False, "来自 LoRA 自己的验证集，不是这份数据")):
+        rated = Rated(figures, *points, own)
+        write_report(tmp_path / "report.html", WRONG, score(WRONG, LABELS), rated, "试", "")
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        parser = Tables()
+        parser.feed(page)
+        cells = [[cell for cell in line if cell][-3:] for line in parser.tables[2][1:]]
+        assert cells == [["0.111", "0.101–0.122", "0.444"], ["0.022", "0.011–0.033", "0.333"]]
+        assert said in page and "77 个预测的实体" in page
+        # the square begins at (40, 10) and is 320 wide
+        lines = re.findall(r'<polyline points="(\S+)" fill="none" stroke="(#[0-9a-f]+)"', page)
+        assert lines == [("120.0,170.0", "#d64530"), ("200.0,250.0", "#2667c9")]
+        assert page.index("未校准</td>") < page.index("0.111") < page.index("校准后</td>") < page.index("0.022")
 
 
 def test_report_without_entities(tmp_path):
     rows = [{**row("长江", [], [entity("长江", "地名", (0, 2))]), "log_probability": -0.1}]
-    write_report(tmp_path / "report.html", rows, score(rows, LABELS), "试", "")
+    write_report(tmp_path / "report.html", rows, score(rows, LABELS), rate_confidence(rows), "试", "")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "没有预测出实体。" in page and "<svg" not in page
 

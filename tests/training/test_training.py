@@ -368,7 +368,7 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
         example.update(answer=row["prediction"], entities=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    f1 = evaluate_f1(model, tokenizer, examples, facts["labels"])
+    f1 = evaluate_f1(model, tokenizer, examples, args, facts)
     rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
     assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
     assert model.training and all(layer.training for layer in model.modules())
@@ -380,8 +380,8 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
     monkeypatch.setattr(
         dist, "all_gather_object", lambda parts, rows: answered.append(rows) or parts.__init__(answered)
     )
-    evaluate_f1(model, tokenizer, examples, facts["labels"])
-    assert evaluate_f1(model, tokenizer, examples, facts["labels"]) == f1
+    evaluate_f1(model, tokenizer, examples, args, facts)
+    assert evaluate_f1(model, tokenizer, examples, args, facts) == f1
     assert [len(rows) for rows in answered] == [5, 4]
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

@@ -20,9 +20,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering.generate import generate
 from alpaca.models import base_files
+from alpaca.models.adapter_files import adapter_sha256
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import load_for_inference
 from alpaca.models.templates import TEMPLATES, encode_prompts, message_of
+from alpaca.scoring.calibration import Calibration, read_calibration, write_calibration
 from dataset import QUERY_PREFIX
 from harness import run_script as run_command
 from reference_llama import CUT, feed_forward_width, logits
@@ -416,6 +418,15 @@ def test_ner_adapter_keeps_the_bases_tokenizer(chain, tokenizer_models, capsys):
     assert "trained with another tokenizer" in fails(capsys, chain / "base", [other], chain / "out2")
     original = ner_adapter(chain / "original", file, config=None, lora_r=8)
     assert "an adapter of the original scripts" in fails(capsys, chain / "base", [original], chain / "out2")
+
+
+def test_a_calibration_goes_with_the_adapter_that_it_was_fitted_for(chain, tokenizer_models):
+    adapter = ner_adapter(chain / "calibrated", tokenizer_models / "base.model")
+    write_calibration(adapter, Calibration(0.5, -1.0), adapter_sha256(adapter), [])
+    out = run(chain / "base", [adapter], chain / "out3")
+    assert read_calibration(out) == Calibration(0.5, -1.0)
+    write_calibration(adapter, Calibration(0.5, -1.0), "another's", [])
+    assert read_calibration(run(out, [adapter], chain / "out4")) is None
 
 
 @pytest.fixture(scope="module")
