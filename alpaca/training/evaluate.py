@@ -14,9 +14,9 @@ from alpaca.training.lora import for_answers
 def evaluate_f1(model, tokenizer, examples, args, facts, stop=lambda: False):
     """Micro-F1 by string of a PEFT model that is being trained: what test.py will say of its adapter on these examples.
 
-    args, facts: the training's, as they will stand beside the adapter; long texts are cut into windows by them. None where `stop`, asked at each answer, ended it on a rank. Every rank answers its part. The LoRA is not merged, so
-    that no weight is copied. In half precision that, and the parts of several ranks, round differently than test.py's
-    answers.
+    args, facts: the training's, as they will stand beside the adapter; they say which texts are cut into windows. None
+    where `stop`, asked at each answer, ended it on a rank. Every rank answers its part. The LoRA is not merged, so that no
+    weight is copied. In half precision that, and the parts of several ranks, round differently than test.py's answers.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     with for_answers(model):

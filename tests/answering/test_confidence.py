@@ -53,7 +53,7 @@ def work(tmp_path_factory, workspace):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         DEV.parent.mkdir(parents=True)
-        records = make_records(150, 6)
+        records = make_records(170, 6)
         long = "王明去年在北京说新闻。" * 40
         records[1] |= {"text": long, "query": "文本：" + long, "answer": "王明_人名", "entities": None}
         write_jsonl(DEV, records)
@@ -61,7 +61,7 @@ def work(tmp_path_factory, workspace):
         BESIDE.unlink(missing_ok=True)
         rows = read_rows(OUTPUT)
         scores = sorted(entity["log_probability"] for row in rows for entity in row["entities"])
-        assert len(scores) > 250
+        assert len(scores) > 230
         for record, row in zip(records, rows, strict=True):
             right = []
             for entity in row["entities"]:
@@ -71,7 +71,8 @@ def work(tmp_path_factory, workspace):
                     right += [{**entity, "begin": begin, "end": end} for begin, end in entity["spans"]]
             record.update(answer=format_answer(right))
             record["entities"] = [{key: e[key] for key in ("entity", "type", "begin", "end")} for e in right]
-        records[2] |= {"answer": "鑫鑫_人名", "entities": None}  # which no text holds
+        wrong = next(i for i, row in enumerate(rows) if i > 1 and any(e["spans"] for e in row["entities"]))
+        records[wrong] |= {"answer": "鑫鑫_人名", "entities": None}  # which no text holds
         write_jsonl(DEV, records)
         test_command.main(arguments(test_command))
         yield folder
@@ -89,7 +90,7 @@ def confidences(rows):
 def test_the_whole_dev_set_of_an_adapter_calibrates_it(rows):
     """On disk beside the adapter; each row says what it makes of a line's probability, the figures what it does out of fold."""
     facts, found = json.loads(BESIDE.read_text(encoding="utf-8")), scored(rows)
-    assert facts["entities"] == len(found.rows) > 250 and facts["right"] == found.right.sum() > 50
+    assert facts["entities"] == len(found.rows) > 230 and facts["right"] == found.right.sum() > 50
     calibration = read_calibration(BESIDE.parent)
     assert all(row["calibrated"] is True for row in rows)
     assert confidences(rows) == [round(float(c), 4) for c in calibration.confidence(found.log_probabilities)]
@@ -181,11 +182,12 @@ def test_margins(rows, workspace):
     adapter, train_args, facts = find_adapter("mine", "auto")
     answering = load_answering(args, adapter, train_args, facts, facts["labels"], facts["nested"])
     examples = read_examples(DEV)
-    assert {i for i, row in enumerate(rows) if "margin" in row} == {*different(rows)} and rows[2]["margin"] is None
+    assert {i for i, row in enumerate(rows) if "margin" in row} == {*different(rows)}
+    assert [row["answer"] for row in rows if row.get("margin", 0) is None] == ["鑫鑫_人名"]
     (cut,) = answering.cut([examples[1]])
     assert len(cut.parts) > 1
     for i, parts, windows in (
-        (next(i for i in different(rows) if i > 2), [examples[3]], None),
+        (next(i for i in different(rows) if i > 1 and rows[i]["margin"] is not None), None, None),
         (1, cut.parts, cut.windows),
     ):
         row = rows[i]
