@@ -62,13 +62,13 @@ def work(tmp_path_factory, workspace):
         rows = read_rows(OUTPUT)
         scores = sorted(entity["log_probability"] for row in rows for entity in row["entities"])
         assert len(scores) > 230
-        for record, row in zip(records, rows, strict=True):
+        for number, (record, row) in enumerate(zip(records, rows, strict=True)):
             right = []
             for entity in row["entities"]:
-                if entity["spans"] and draw.random() < 0.1 + 0.8 * scores.index(entity["log_probability"]) / len(
-                    scores
-                ):
+                sure = scores.index(entity["log_probability"]) / len(scores)
+                if entity["spans"] and (number == 1 or draw.random() < 0.1 + 0.8 * sure):
                     right += [{**entity, "begin": begin, "end": end} for begin, end in entity["spans"]]
+            right = right[number == 1 :]  # of the long text one place is left out
             record.update(answer=format_answer(right))
             record["entities"] = [{key: e[key] for key in ("entity", "type", "begin", "end")} for e in right]
         wrong = next(i for i, row in enumerate(rows) if i > 1 and any(e["spans"] for e in row["entities"]))
