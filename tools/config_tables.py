@@ -42,12 +42,10 @@ BEFORE = {
 
 每个命令开头有一个 `CONFIG` 字典，值可以在字典里改，也可以在命令行改；嵌套的键用 `_` 连接：`"lora": {"r": 8}` 就是 `--lora_r=16`。下面的表由 `tools/config_tables.py` 从命令生成；`python process.py --help` 这样的命令打印同样的内容。
 
-| 写法 | 意思 |
-|---|---|
-| `--k=v`、`--k v` | 都可以；值以 `-` 开头时必须用 `=` |
-| `--flag`、`--flag=True`、`--flag=false` | 布尔值；别的写法报错。`--resume` 也等于 `--resume=True` |
-| `--lora_r=abc`，`--lorar=16` | 类型由默认值决定，不对就报 `--lora_r: expected int, got 'abc'`；不认识的参数报错，并给出最像的名字 |
-| `--labels=PER:人名,LOC:地名`，`--dev_path=None` | 列表用逗号隔开；默认值是 None 的，写 None 恢复默认 |
+- `--k=v`、`--k v`：都可以；值以 `-` 开头时必须用 `=`
+- `--flag`、`--flag=True`、`--flag=false`：布尔值；别的写法报错。`--resume` 也等于 `--resume=True`
+- `--lora_r=abc`，`--lorar=16`：类型由默认值决定，不对就报 `--lora_r: expected int, got 'abc'`；不认识的参数报错，并给出最像的名字
+- `--labels=PER:人名,LOC:地名`，`--dev_path=None`：列表用逗号隔开；默认值是 None 的，写 None 恢复默认
 """,
     "en": """\
 # Options
@@ -56,12 +54,10 @@ BEFORE = {
 
 Each command begins with a dict `CONFIG`. Values can be changed there or on the command line; nested keys are joined by `_`: `"lora": {"r": 8}` is `--lora_r=16`. `tools/config_tables.py` makes the tables below from the commands; `--help`, as in `python process.py --help`, prints the same.
 
-| written | meaning |
-|---|---|
-| `--k=v`, `--k v` | both work; a value that begins with `-` needs the `=` |
-| `--flag`, `--flag=True`, `--flag=false` | true or false; anything else is an error. `--resume` is the same as `--resume=True` |
-| `--lora_r=abc`, `--lorar=16` | the default decides the type; if it is wrong: `--lora_r: expected int, got 'abc'`. An unknown option is an error that gives the closest name |
-| `--labels=PER:人名,LOC:地名`, `--dev_path=None` | a list is joined by commas; for an option whose default is None: back to the default |
+- `--k=v`, `--k v`: both work; a value that begins with `-` needs the `=`
+- `--flag`, `--flag=True`, `--flag=false`: true or false; anything else is an error. `--resume` is the same as `--resume=True`
+- `--lora_r=abc`, `--lorar=16`: the default decides the type; if it is wrong: `--lora_r: expected int, got 'abc'`. An unknown option is an error that gives the closest name
+- `--labels=PER:人名,LOC:地名`, `--dev_path=None`: a list is joined by commas; for an option whose default is None: back to the default
 """,
 }
 DEEPSPEED = {
