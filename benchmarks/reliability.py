@@ -2,6 +2,7 @@
 
     python benchmarks/reliability.py                                              # half an hour on two free cores
     python benchmarks/reliability.py --trainers=train_trainer --kills=4 --fuzz=0  # one part of it
+    python benchmarks/reliability.py --trainers=none --fuzz=0                     # predict.py's 54 cases
 
 Each trainer gets `--kills` SIGKILLs, a quarter each: at random moments of the training, at one of the file operations of
 a save, at one of those inside a checkpoint's folder, and between the adapter's two renames. After a kill a loader must
@@ -38,7 +39,7 @@ from config_utils import run_script
 from harness import make_records, read_log, run_ranks, write_jsonl
 
 CONFIG = {
-    "trainers": ["train_deepspeed", "train_trainer"],  # whose runs are killed
+    "trainers": ["train_deepspeed", "train_trainer"],  # whose runs are killed; none: nobody's
     "kills": 20,  # SIGKILLs a trainer
     "model_dir": "./model_hub/chinese-alpaca-tiny",  # base model
     "steps": 60,  # optimizer steps of a run
@@ -206,7 +207,7 @@ def main(args):
     if args.answering:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(survive_answering(args, Path(folder))), flush=True)
-    for trainer in args.trainers:
+    for trainer in args.trainers if args.trainers != ["none"] else ():
         with tempfile.TemporaryDirectory() as folder:
             work, start = Path(folder), time.time()
             write_jsonl(work / "train.txt", make_records(37, 1))
