@@ -42,7 +42,10 @@ class ExactTokenizer(SentencePieceBackend):
 
     def encode_texts(self, texts):
         """Ids of many texts at once, without specials: list of str -> list of list of int."""
-        return self.sp_model.encode(list(texts))
+        texts = list(texts)
+        if len(texts) == 1:  # for a list SentencePiece starts threads, which take far longer than one short text
+            return [self.sp_model.encode(texts[0])]
+        return self.sp_model.encode(texts)
 
     @cached_property
     def token_bytes(self):
