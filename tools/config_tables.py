@@ -26,8 +26,7 @@ TABLES = (
     TRAINERS,
     ("process.py",),
     ("test.py", "predict.py"),
-    ("chat_ner.py",),
-    ("web_ner.py",),
+    ("chat_ner.py", "web_ner.py"),
     (MODEL_HUB[0],),
     (MODEL_HUB[1],),
 )
@@ -215,8 +214,10 @@ CHINESE = {
     "name of the data set: its folder under checkpoint/, whose adapter is chosen at first": "数据集名称：checkpoint/ 下的文件夹，一开始选中它的 LoRA",
     "address to listen on; one that other machines reach needs auth": "监听的地址；别的机器能打开的地址要同时给 auth",
     "port to listen on": "监听的端口",
-    "user:password that the page asks for; None: nothing is asked for": "用户名:密码，打开网页时要输入；None：不用输入",
-    "most texts answered at once; more: files are done sooner, others wait longer for their turn": "最多同时回答几条；大一些，文件做得快，别人等得久",
+    "file of who may log in, user:password a line; None: the environment variable WEB_NER_AUTH, else anybody": "可以登录的人的文件，一行一个 用户名:密码；None：环境变量 WEB_NER_AUTH，也没有就不用登录",
+    "largest file that is taken, in MB": "最大收多少 MB 的文件",
+    "most characters of a text or a question": "一段文本或一个问题最多几个字",
+    "most texts answered at once, those of all users together": "最多同时回答几条，所有人的加在一起",
     # model_hub/convert_llama_weights_to_hf.py
     "folder that holds <model_size>/ and, in there or beside it, tokenizer.model": "放 <model_size>/ 的文件夹；tokenizer.model 在其中或与它并排",
     "name of the folder of Meta's weights: tiny, 7B, 13B, …; tokenizer_only: write the tokenizer alone": "Meta 权重的文件夹的名字：tiny、7B、13B 等；tokenizer_only：只写分词器",

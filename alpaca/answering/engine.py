@@ -35,6 +35,7 @@ class Engine:
 
     rows: all that will be; with `expected`, how many there will be about, only the first of them. Steps are captured at
     once where all rows are known, else once the first has its answer. The engine keeps no row that waits.
+    A grammar holds the answers to the rows that have a text; others are free.
     The model is merged, or PEFT's layers compute with the adapter in use, or without. standby: where slots and captured
     steps come from, and go back to with `close`.
     Where memory runs out they become fewer, and what was being answered goes on later. UserError if there is none for one.
@@ -72,6 +73,13 @@ class Engine:
         """Let a row that was not known before begin with the longest prefix that fits it."""
         fits = [prefix for prefix in self.slots.prefixes if begins(row.prompt, prefix.tokens)]
         row.prefix = max(fits, key=lambda prefix: len(prefix.tokens))
+
+    def drop(self, is_unwanted):
+        """Answer some of the rows no further: those for which the function is_unwanted(row) is true."""
+        for row in self.rows:
+            if is_unwanted(row):
+                self.slots.release(row)
+        self.rows, self.said = ([row for row in rows if not is_unwanted(row)] for rows in (self.rows, self.said))
 
     def _make_room(self, rows):
         """Slots, prefixes and steps for these rows."""
@@ -123,10 +131,10 @@ class Engine:
             self.slots.share(prefixes, held)
         self.capture_later = bool(self.expected)
         if not self.capture_later:
-            self._capture_for(len(rows))
+            self.expect(len(rows))
 
-    def _capture_for(self, count):
-        """Capture steps, if so many rows repay it."""
+    def expect(self, count):
+        """So many more rows will come: steps are captured if they, and those that came before, repay it."""
         adapter = adapter_in_use(self.model)
         if self.standby:
             self.standby.rows[adapter] += count
@@ -180,7 +188,7 @@ class Engine:
     def _advance(self, waiting):
         if self.capture_later and self.answered and not self.first_steps:
             self.capture_later = False
-            self._capture_for(self.expected)
+            self.expect(self.expected)
         parts = self._parts(waiting)
         logits = self.step(parts)[:, : self.pieces] if parts else None
         self._write_down()  # of the step before, while a GPU computes this one

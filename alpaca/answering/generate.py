@@ -51,6 +51,9 @@ def answer_requests(model, tokenizer, requests, max_new_tokens, batch_size, gram
         while True:
             if not over and not held and len(waiting) < (engine.most_rows if engine else batch_size):
                 came, over = draw(requests, most)
+                while not expected and not over:
+                    more, over = draw(requests, None)
+                    came += more
                 # the first ones in their order, since the first answer is waited for
                 together = 1 if expected and not drawn else chunk
                 held, too_long = rows_of(came, tokenizer, max_new_tokens, positions, drawn, together)

@@ -1,9 +1,7 @@
-"""Examples -> the rows of predictions.jsonl."""
+"""An answer -> its row of predictions.jsonl."""
 
-from alpaca.answering.generate import generate
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.common.errors import UserError
-from alpaca.models.templates import encode_prompts, message_of
 from dataset import gold_entities, locate, parse_answer, unusable_label
 
 
@@ -32,19 +30,8 @@ def quoted_text(example, instructs):
     return example["text"] if instructs is None or example["instruct"] in instructs else None
 
 
-def predict_rows(
-    model,
-    tokenizer,
-    examples,
-    labels,
-    max_new_tokens=512,
-    batch_size="auto",
-    grammar=None,
-    nested=False,
-    standby=None,
-    instructs=None,
-):
-    """Yield the row of predictions.jsonl of each example (dataset.read_examples), in order.
+def row_of(example, answer, labels, nested):
+    """The row of predictions.jsonl of an example (dataset.read_examples) with its Answer.
 
     A row: {"text", "answer", "prediction", "entities", "log_probability"}, "gold" where there is a right answer and
     "problems" where there are any; its entities have a "log_probability", and confidences once the windows of a text are
@@ -52,15 +39,6 @@ def predict_rows(
     labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold. nested: whether
     entities inside longer ones have spans (dataset.nests). instructs: of held_instructs.
     """
-    prompts = encode_prompts(tokenizer, [message_of(e["instruct"], e["query"]) for e in examples])
-    texts = [quoted_text(example, instructs) for example in examples]
-    answers = generate(model, tokenizer, prompts, max_new_tokens, batch_size, grammar, texts, standby)
-    for example, answer in zip(examples, answers, strict=True):
-        yield row_of(example, answer, labels, nested)
-
-
-def row_of(example, answer, labels, nested):
-    """The row of predictions.jsonl of an example with its Answer; the rest as in predict_rows."""
     ner = labels is not None
     parsed = parse_answer((ner and answer.text) or "", example["text"], labels)
     row = {

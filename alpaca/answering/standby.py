@@ -31,6 +31,10 @@ class Standby:
             and all(len(prefixes) <= step.prefixes for step in captured.values())
         )
 
+    def forget(self, adapter):
+        """That adapter is gone from the model, and with it the steps that were captured with it."""
+        self.captured.pop((adapter,), None)
+
     def put(self, slots, captured):
         """Take back what rows no longer need."""
         slots.release_all()

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import NamedTuple
 
-from alpaca.answering.generate import Request, answer_requests, draw
+from alpaca.answering.generate import Request, answer_requests
 from alpaca.answering.predictions import make_grammar, quoted_text, row_of
 from alpaca.answering.row import Answer
 from alpaca.answering.windows import cutter, row_of_text, whole
@@ -15,7 +15,7 @@ from alpaca.models.base import load_for_inference
 from alpaca.models.templates import message_of
 
 KNOWN = 100_000  # equal texts among so many are answered once; an answer takes some 400 bytes
-ENCODED = 64  # texts that are encoded together
+ENCODED, ENCODED_CHARACTERS = 64, 20_000  # texts that are encoded together; in long ones there is more to do
 
 
 def load_answering(args, adapter, train_args, facts, labels, nested, instructs=None, calibration=None):
@@ -28,13 +28,14 @@ def load_answering(args, adapter, train_args, facts, labels, nested, instructs=N
         template=args.template,
     )
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
-    cut = _uncut if labels is None else cutter(model, tokenizer, train_args, facts)
+    cut = uncut if labels is None else cutter(model, tokenizer, train_args, facts)
     limits = args.max_new_tokens, args.batch_size
     calibration = calibration if grammar else None
     return Answering(model, tokenizer, cut, labels, *limits, grammar, nested, instructs, calibration)
 
 
-def _uncut(examples):
+def uncut(examples):
+    """What Answering takes for a cutter where no text is to be cut."""
     return [whole(example) for example in examples]
 
 
@@ -47,29 +48,34 @@ class Asked(NamedTuple):
 
 
 class Answering(NamedTuple):
-    """With what, and how, texts are answered."""
+    """With what, and how, texts are answered.
+
+    shared: SharedEngine.answer for an adapter, if others use the engine too; None: an engine of its own, made for a call.
+    """
 
     model: object
     tokenizer: object
     cut: object  # windows.cutter, or a function from examples to CutExamples
     labels: list | None
-    max_new_tokens: int
-    batch_size: int
+    max_new_tokens: int = 512
+    batch_size: object = "auto"
     grammar: object = None
     nested: bool = False
     instructs: list | None = None  # of predictions.held_instructs
     calibration: object = None  # of scoring/calibration.py
+    shared: object = None
 
-    def __call__(self, numbered, expected):
+    def __call__(self, numbered, expected=None):
         """Yield lists of (number, [row, ends inside a sentence]) of the texts that are answered, in whatever order.
 
         numbered: an iterator of (number, dataset.example_of_input); None in it means that there is none for now.
-        expected: how many there will be, about.
+        expected: how many there will be, about; None: all are drawn, and kept, at once, which is faster for a few.
         """
         asked, known, done = {}, OrderedDict(), []
         requests = self._requests(numbered, asked, known, done)
-        limits = self.max_new_tokens, self.batch_size, self.grammar, max(1, expected)
-        for ended in answer_requests(self.model, self.tokenizer, requests, *limits):
+        limits = self.max_new_tokens, self.batch_size, self.grammar, expected if expected is None else max(1, expected)
+        answers = self.shared(requests) if self.shared else answer_requests(*self[:2], requests, *limits)
+        for ended in answers:
             for digest, answer in ended:
                 for number, i in known[digest]:
                     asked[number].answers[i] = answer
@@ -78,6 +84,17 @@ class Answering(NamedTuple):
                 known[digest] = marshal.dumps(tuple(answer))
             yield [(number, self._row(asked.pop(number))) for number in done]
             done.clear()
+
+    def in_turn(self, examples):
+        """Yield lists, often empty, of the rows of these examples, in order."""
+        rows, number = {}, 0
+        for ended in self(enumerate(examples)):
+            rows.update(ended)
+            whole_rows = []
+            while number in rows:
+                whole_rows.append(rows.pop(number)[0])
+                number += 1
+            yield whole_rows
 
     def _row(self, text):
         parts = zip(text.cut.parts, text.answers, strict=True)
@@ -90,7 +107,7 @@ class Answering(NamedTuple):
         it is waited for, [(number, window)]}; done: numbers of texts whose answers are all there."""
         prompts_of, over = prompt_encoder(self.tokenizer), False
         while not over:
-            items, over = draw(numbered, ENCODED)
+            items, pauses, over = next_texts(numbered)
             new, cuts = [], self.cut([example for _, example in items])
             for (number, example), cut in zip(items, cuts, strict=True):
                 asked[number] = Asked(example, cut, [None] * len(cut.parts))
@@ -109,8 +126,21 @@ class Answering(NamedTuple):
                 yield Request(digest, prompt, quoted_text(part, self.instructs))
             while len(known) > KNOWN and isinstance(known[oldest := next(iter(known))], bytes):
                 del known[oldest]
-            if len(items) < ENCODED or not new:
+            if pauses or not new:
                 yield None
+
+
+def next_texts(numbered):
+    """(the items that are cut and encoded together; whether there is none for now; whether these are the last)."""
+    items, characters = [], 0
+    for item in numbered:
+        if item is None:
+            return items, True, False
+        items.append(item)
+        characters += len(item[1]["text"])
+        if len(items) == ENCODED or characters >= ENCODED_CHARACTERS:
+            return items, False, False
+    return items, False, True
 
 
 def digest_of(part):

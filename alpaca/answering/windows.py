@@ -47,13 +47,8 @@ def join_rows(text, windows, rows):
     return {**joined, "problems": problems} if problems and answered else joined
 
 
-def cut_examples(examples, model, tokenizer, train_args, facts):
-    """The CutExample of each example (dataset.example_of_input), in order; the rest as in `cutter`."""
-    return cutter(model, tokenizer, train_args, facts)(examples)
-
-
 def cutter(model, tokenizer, train_args, facts):
-    """A function from a list of examples to their CutExamples.
+    """A function from a list of examples (dataset.example_of_input) to their CutExamples, in order.
 
     train_args, facts: the adapter's (None, {}: the base alone). Its max_seq_length limits the tokens of a prompt with its
     answer, its text_tokens is how long texts usually were: on longer ones a model misses most entities, so windows are
@@ -101,13 +96,6 @@ def say_cuts(cuts):
 def whole(example):
     """An example that is not cut."""
     return CutExample([example], [Window(0, len(example["text"]))], [])
-
-
-def rows_of_texts(examples, cuts, rows, calibration=None, nested=False, instructs=None):
-    """Yield each example's row of predictions.jsonl. cuts: the CutExample of each. rows: an iterator over the rows of all
-    their parts, in order. The rest: as in row_of_text."""
-    for example, cut in zip(examples, cuts, strict=True):
-        yield row_of_text(example, cut, [next(rows) for _ in cut.parts], calibration, nested, instructs)
 
 
 def row_of_text(example, cut, rows, calibration=None, nested=False, instructs=None):

@@ -1,12 +1,13 @@
 """F1 of a model's own answers while it is being trained."""
 
-from itertools import takewhile
+from contextlib import closing
 
 import torch.distributed as dist
 
 from alpaca.answering.grammar import AnswerGrammar
-from alpaca.answering.predictions import predict_rows
-from alpaca.answering.windows import cut_examples, rows_of_texts
+from alpaca.answering.texts import Answering
+from alpaca.answering.windows import cutter
+from alpaca.common.console import progress
 from alpaca.scoring.metrics import score
 from alpaca.training.lora import for_answers
 
@@ -15,18 +16,21 @@ def evaluate_f1(model, tokenizer, examples, args, facts, stop=lambda: False):
     """Micro-F1 by string of a PEFT model that is being trained: what test.py will say of its adapter on these examples.
 
     args, facts: the training's, as they will stand beside the adapter; they say which texts are cut into windows. None
-    where `stop`, asked at each answer, ended it on a rank. Every rank answers its part. The LoRA is not merged, so that no
+    where `stop`, asked at each step, ended it on a rank. Every rank answers its part. The LoRA is not merged, so that no
     weight is copied. In half precision that, and the parts of several ranks, round differently than test.py's answers.
     """
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     with for_answers(model):
-        mine, labels = examples[rank::ranks], facts["labels"]
-        cuts = cut_examples(mine, model, tokenizer, args, facts)
-        parts = [part for cut in cuts for part in cut.parts]
-        answers = predict_rows(model, tokenizer, parts, labels, grammar=AnswerGrammar(tokenizer, labels))
-        rows = list(takewhile(lambda row: not stop(), answers))
-        answers.close()
-        rows = list(rows_of_texts(mine, cuts, iter(rows))) if len(rows) == len(parts) else None
+        mine, labels, rows = examples[rank::ranks], facts["labels"], []
+        cut, grammar = cutter(model, tokenizer, args, facts), AnswerGrammar(tokenizer, labels)
+        answer = Answering(model, tokenizer, cut, labels, grammar=grammar)
+        with progress(total=len(mine), desc="生成", unit="条") as bar, closing(answer.in_turn(mine)) as steps:
+            for ended in steps:
+                if stop():
+                    break
+                rows += ended
+                bar.update(len(ended))
+        rows = rows if len(rows) == len(mine) else None
     parts = [rows]
     if ranks > 1:
         parts = [None] * ranks

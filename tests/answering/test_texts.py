@@ -14,10 +14,10 @@ from alpaca.answering import in_order as ordering
 from alpaca.answering import texts as answering
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.in_order import in_order
-from alpaca.answering.predictions import predict_rows
+from alpaca.answering.predictions import row_of
 from alpaca.answering.row import Row
 from alpaca.answering.texts import Answering, prompt_encoder
-from alpaca.answering.windows import cut_examples, cutter, rows_of_texts
+from alpaca.answering.windows import cutter, row_of_text
 from alpaca.common.processes import Processes
 from alpaca.models.base import load_base
 from alpaca.models.cut_text import cut_text, token_ends
@@ -68,10 +68,15 @@ def test_rows_are_those_of_a_list_and_nothing_is_asked_twice(model, tokenizer, m
         rows.append(row)
         if len(rows) == len(examples):  # the last is yielded, and nothing has ended yet
             kept = sum(type(thing) is Row for thing in gc.get_objects())
-    cuts = cut_examples(examples, model, tokenizer, None, facts)
+    cuts = cutter(model, tokenizer, None, facts)(examples)
     parts = [part for cut in cuts for part in cut.parts]
-    expected = predict_rows(model, tokenizer, parts, LABELS, 10, 4, AnswerGrammar(tokenizer, LABELS))
-    expected = list(rows_of_texts(examples, cuts, expected))
+    prompts = encode_prompts(tokenizer, [message_of(part["instruct"], part["query"]) for part in parts])
+    texts = [part["text"] for part in parts]
+    answers = generating.generate(model, tokenizer, prompts, 10, 4, AnswerGrammar(tokenizer, LABELS), texts)
+    each = (row_of(part, answer, LABELS, False) for part, answer in zip(parts, answers, strict=True))
+    expected = [
+        row_of_text(example, cut, [next(each) for _ in cut.parts]) for example, cut in zip(examples, cuts, strict=True)
+    ]
     for row in (*rows, *expected):
         row["log_probability"] = round(row.get("log_probability", 0), 2)
         for entity in row["entities"]:

@@ -4,7 +4,7 @@ import random
 import time
 from types import SimpleNamespace
 
-from alpaca.answering.windows import CutExample, cut_examples, join_rows, row_of_text
+from alpaca.answering.windows import CutExample, cutter, join_rows, row_of_text
 from alpaca.models.cut_text import cut_text
 from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
@@ -121,7 +121,7 @@ def test_windows_leave_room_for_their_answers(base_dir):
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
     facts = {"labels": ["人名"], "instructs": ["找"], "text_tokens": 500}
     for length, limit in ((300, 300), (900, 512)):
-        (cut,) = cut_examples([example], model, tokenizer, SimpleNamespace(max_seq_length=length), facts)
+        (cut,) = cutter(model, tokenizer, SimpleNamespace(max_seq_length=length), facts)([example])
         prompts = encode_prompts(tokenizer, [message_of(part["instruct"], part["query"]) for part in cut.parts])
         texts = tokenizer.encode_texts([part["text"] for part in cut.parts])
         rooms = [limit - len(prompt) - len(ids) // 2 for prompt, ids in zip(prompts, texts, strict=True)]
@@ -141,4 +141,4 @@ def test_gold_of_a_text_in_windows_is_that_of_the_whole():
 def test_an_instruction_that_leaves_no_room_is_cut_into_nothing(base_dir):
     example = example_of_input({"instruct": "说" * 600, "text": "王明到了。他说好。"}, "", "文本：")
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=512))
-    assert cut_examples([example], model, load_tokenizer(base_dir), None, {}) == [([example], [(0, 9)], [])]
+    assert cutter(model, load_tokenizer(base_dir), None, {})([example]) == [([example], [(0, 9)], [])]

@@ -6,7 +6,7 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
-from alpaca.answering.windows import cut_examples, rows_of_texts
+from alpaca.answering.windows import cutter, row_of_text
 from alpaca.common.errors import UserError
 from alpaca.corpora.inputs import read_texts
 from dataset import example_of_input
@@ -160,11 +160,14 @@ def test_a_row_for_each_row_with_its_own_keys(tmp_path):
     ]
     (tmp_path / "ids.jsonl").write_text("\n".join(lines), encoding="utf-8")
     examples = [example_of_input(record, "找", "文本：") for record in read_texts(tmp_path / "ids.jsonl")]
-    cuts = cut_examples(examples, Model, None, None, {"labels": [], "instructs": ["找"]})
+    cuts = cutter(Model, None, None, {"labels": [], "instructs": ["找"]})(examples)
     parts = [part for cut in cuts for part in cut.parts]
     assert [part["query"] for part in parts] == ["文本：程立群", "文本：天"]
     answers = [{"text": part["text"], "answer": None, "prediction": "没有", "entities": []} for part in parts]
-    rows = list(rows_of_texts(examples, cuts, iter(answers)))
+    each = iter(answers)
+    rows = [
+        row_of_text(example, cut, [next(each) for _ in cut.parts]) for example, cut in zip(examples, cuts, strict=True)
+    ]
     common = {"answer": None, "entities": [], "calibrated": False}
     assert rows == [
         {"id": "a-7", "text": "程立群", "prediction": "没有", **common},

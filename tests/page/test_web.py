@@ -6,14 +6,16 @@ demo's adapter as it is now, after `make tiny`:
     python tests/page/test_web.py benchmarks/results/web_ner.png
 """
 
+import ast
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -28,22 +30,24 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 import web_ner
 from alpaca.answering.generate import generate
-from alpaca.answering.predictions import make_grammar, predict_rows
-from alpaca.answering.windows import cut_examples, rows_of_texts
-from alpaca.common.errors import UserError
+from alpaca.answering.predictions import held_instructs, make_grammar
+from alpaca.answering.texts import Answering
+from alpaca.answering.windows import cutter
 from alpaca.corpora.inputs import read_texts
 from alpaca.models.base import load_for_inference
-from alpaca.models.templates import encode_prompts, message_of
-from alpaca.page.address import check_address
-from alpaca.page.marks import HTML, PREVIEWED, file_html, pieces_of, row_html
+from alpaca.models.templates import encode_prompts
+from alpaca.page.guard import VARIABLE
+from alpaca.page.marks import entity_lines, heads_of, odd_answer, pieces_of
 from alpaca.page.models import BASE
-from config_utils import load_config, parse_config
+from config_utils import load_config
 from dataset import example_of_input, task_of
 from harness import free_port
 
+USER, PASSWORD = "user", "pass:word"
+MAX_TEXT = 5000
 TOKENS = 24
 TEXT = '王明说：<b>${1+1}</b> {{value}} `北京`\\n & "上海"。\n李华去年在长沙。'
-LONG = "王明去年在北京说新闻。李华在上海说新闻新闻新闻。" * 12
+LONG = "".join(f"王明去年{i}在北京说新闻。李华{i}在上海说新闻新闻新闻。" for i in range(12))
 QUESTION = "北京在中国？"
 # What the server may do: talk to this machine. Python runs this file at its start.
 WATCH = """
@@ -96,7 +100,6 @@ def serving(folder, *options, env=None):
 @contextmanager
 def browsing():
     """A headless chromium that can reach nothing but this machine; skips the test where there is none."""
-    pytest.importorskip("gradio")
     driver = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if not chromium:
@@ -115,17 +118,23 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def folder(workspace, tmp_path_factory, browser):
+def folder(workspace, tmp_path_factory):
     """A checkpoint/ with two adapters; random, the first says something of every text, whatever training came to."""
+    pytest.importorskip("gradio")
     folder = tmp_path_factory.mktemp("web")
     for trainer in ("train_trainer", "train_deepspeed"):
         adapter = folder / "checkpoint" / "mine" / trainer / "adapter_model"
         shutil.copytree(workspace / "checkpoint" / "mine" / trainer / "adapter_model", adapter)
-    torch.manual_seed(0)
-    path = folder / "checkpoint" / "mine" / "train_trainer" / "adapter_model" / "adapter_model.safetensors"
+    spoil(folder / "checkpoint" / "mine" / "train_trainer" / "adapter_model", 0)
+    return folder
+
+
+def spoil(adapter, seed):
+    """Random weights."""
+    torch.manual_seed(seed)
+    path = adapter / "adapter_model.safetensors"
     weights = {name: torch.randn_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}
     save_file(weights, path, metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -133,25 +142,40 @@ def address(folder):
     (folder / "watch").mkdir()
     (folder / "watch" / "sitecustomize.py").write_text(WATCH, encoding="utf-8")
     env = {"PYTHONPATH": str(folder / "watch"), "WATCHED": str(folder / "watched.txt")}
+    env |= {VARIABLE: f"{USER}:{PASSWORD}", "TMPDIR": str(folder / "tmp")}
+    (folder / "tmp").mkdir()
     options = ["--data_name=mine", "--lora_model=checkpoint/mine/train_trainer/adapter_model", "--precision=fp32"]
-    with serving(folder, *options, f"--max_new_tokens={TOKENS}", env=env) as address:
+    options += [f"--max_new_tokens={TOKENS}", "--max_upload_mb=1", f"--max_text={MAX_TEXT}"]
+    with serving(folder, *options, env=env) as address:
         yield address
     assert not (folder / "watched.txt").exists(), (folder / "watched.txt").read_text(encoding="utf-8")
+    assert [*(folder / "tmp").rglob("*.entities.jsonl")] == []  # neither ours nor gradio's copies
 
 
 @pytest.fixture
 def page(browser, address):
     """The page, opened anew. Afterwards: nothing in the console, no request to another host."""
     complaints, hosts = [], set()
+    own = "Method not implemented.", "413"  # gradio's of each upload; the browser's of one that is refused
+
+    def note(message):
+        if message.type in ("error", "warning") and not any(known in message.text for known in own):
+            complaints.append(message.text)
+
     page = browser.new_page(locale="zh-CN")
-    page.on("console", lambda message: message.type in ("error", "warning") and complaints.append(message.text))
+    page.on("console", note)
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("request", lambda request: hosts.add(re.sub(r"^(blob|ws):", "", request.url).split("/")[2]))
-    page.goto(address)
-    page.wait_for_selector("#result", state="attached")
+    open_page(page, address)
     yield page
     page.close()
     assert complaints == [] and hosts == {address.removeprefix("http://")}
+
+
+def open_page(page, address):
+    page.request.post(f"{address}/login", form={"username": USER, "password": PASSWORD})
+    page.goto(address)
+    page.wait_for_selector("#marked")
 
 
 @pytest.fixture(scope="module")
@@ -166,61 +190,11 @@ def loaded(folder):
 def predicted(loaded, records):
     """What predict.py would write."""
     labels, *asked = task_of(loaded.facts)
-    examples = [example_of_input(record, *asked) for record in records]
-    cuts = cut_examples(examples, loaded.model, loaded.tokenizer, loaded.args, loaded.facts)
-    parts = [part for cut in cuts for part in cut.parts]
+    cut = cutter(loaded.model, loaded.tokenizer, loaded.args, loaded.facts)
     grammar = make_grammar("auto", loaded.adapter, loaded.tokenizer, labels)
-    rows = predict_rows(loaded.model, loaded.tokenizer, parts, labels, TOKENS, 64, grammar)
-    return list(rows_of_texts(examples, cuts, rows)), cuts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what a user does
-
-
-def test_a_typed_text_is_marked(page, loaded):
-    ((row,), _) = predicted(loaded, [{"text": TEXT}])
-    assert row["entities"]
-    page.fill("#text textarea", TEXT)
-    page.click("#go")
-    page.wait_for_selector("#result .entities")
-    assert page.locator("#result .marked").text_content() == TEXT  # nothing of it has become HTML
-    marks = page.locator("#result .marked mark")
-    shown = {(m.text_content(), m.get_attribute("data-type")) for m in marks.all()}
-    assert shown and shown <= {(e["entity"], e["type"]) for e in row["entities"]}
-    cells = [line.locator("td").all_text_contents() for line in page.locator("#result tbody tr").all()]
-    spans = ["，".join(f"{b}–{e}" for b, e in entity["spans"]) or "在更长的实体里" for entity in row["entities"]]
-    assert [c[:3] for c in cells] == [[e["entity"], e["type"], s] for e, s in zip(row["entities"], spans, strict=True)]
-    assert all(0 <= float(cell[3].rstrip("%")) <= 100 for cell in cells)
-
-
-def test_an_example_is_answered_at_a_click(page):
-    page.click(f"text={web_ner.EXAMPLES[1]}")
-    page.wait_for_selector("#result .marked")
-    assert page.locator("#result .marked").text_content() == web_ner.EXAMPLES[1]
-
-
-def test_a_file_comes_back_as_predict_would_write_it(page, loaded, tmp_path):
-    """Plain lines, one of them longer than a window."""
-    upload = tmp_path / "我的 文本.txt"
-    upload.write_text("王明在北京。\n\n" + LONG + "\n李华去年在上海。\n" + "新闻。\n" * 5, encoding="utf-8")
-    rows, cuts = predicted(loaded, list(read_texts(upload)))
-    assert [len(cut.windows) > 1 for cut in cuts] == [False, False, True] + 6 * [False]
-    page.evaluate("""() => {
-        window.bars = new Set();
-        new MutationObserver(() => { const bar = document.querySelector("#result progress");
-            if (bar) window.bars.add(bar.value + "/" + bar.max); })
-            .observe(document.querySelector("#result"), {childList: true, subtree: true});
-    }""")
-    page.locator("input[type=file]").first.set_input_files(upload)
-    page.wait_for_selector("#download", state="visible")
-    assert page.evaluate("window.bars.size") > 0
-    assert page.locator("#result .marked").count() == PREVIEWED
-    with page.expect_download() as download:
-        page.click("#download")
-    assert download.value.suggested_filename.endswith(".entities.jsonl")
-    lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
-    assert unrounded(map(json.loads, lines)) == unrounded(rows)
+    rules = {"instructs": held_instructs("auto", loaded.facts)}
+    answer = Answering(loaded.model, loaded.tokenizer, cut, labels, TOKENS, 64, grammar, **rules)
+    return [row for rows in answer.in_turn(example_of_input(record, *asked) for record in records) for row in rows]
 
 
 def unrounded(rows):
@@ -228,30 +202,136 @@ def unrounded(rows):
     return json.loads(json.dumps(list(rows)), parse_float=lambda digits: pytest.approx(float(digits), abs=1e-2))
 
 
-def test_a_long_file_can_be_stopped(page, tmp_path):
-    """And another text is answered after that."""
-    upload = tmp_path / "long.txt"
-    upload.write_text((LONG + "\n") * 60, encoding="utf-8")
-    page.locator("input[type=file]").first.set_input_files(upload)
-    page.wait_for_selector("#result progress")
-    page.click("#stop")
-    page.wait_for_selector("#result >> text=已停止。")
-    page.fill("#text textarea", "王明在北京。")
+def upload(page, path):
+    page.get_by_role("tab", name="文件").click()
+    page.locator("#upload input[type=file]").set_input_files(path)
+
+
+def recognize(page, text):
+    page.get_by_role("tab", name="实体识别").click()
+    page.fill("#text textarea", text)
     page.click("#go")
-    page.wait_for_selector("#result .marked")
-    assert page.locator("#result").inner_text().startswith("王明在北京。")  # no sign of an error
 
 
-def test_a_file_with_a_mistake_is_named(page, tmp_path):
-    upload = tmp_path / "texts.jsonl"
-    upload.write_text('{"text": "王明在北京。"}\n{"text": 王明}\n', encoding="utf-8")
-    page.locator("input[type=file]").first.set_input_files(upload)
+def shown_marks(page):
+    """[(part, type or None)] of the marked text, without its line ends."""
+    tokens = page.locator("#marked .token").all()
+    return [(t.locator(".text").text_content(), *(t.locator(".label").all_text_contents() or [None])) for t in tokens]
+
+
+def shown_lines(page, table):
+    rows = page.locator(f"{table} [role=row][data-index]").all()
+    return [[cell.inner_text() for cell in row.locator("[role=gridcell]").all()] for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a user does
+
+
+def test_a_typed_text_is_marked(page, loaded):
+    (row,) = predicted(loaded, [{"text": TEXT}])
+    assert row["entities"]
+    recognize(page, TEXT)
+    page.wait_for_selector("#entities [role=gridcell]")
+    lines = [(line, kind) for part, kind in pieces_of(row) for line in part.split("\n") if line]
+    assert shown_marks(page) == lines and "".join(line for line, _ in lines) == TEXT.replace("\n", "")
+    spans = ["，".join(f"{b}–{e}" for b, e in entity["spans"]) or "在更长的实体里" for entity in row["entities"]]
+    cells = shown_lines(page, "#entities")
+    assert [c[:3] for c in cells] == [[e["entity"], e["type"], s] for e, s in zip(row["entities"], spans, strict=True)]
+    assert all(0 <= float(cell[3].rstrip("%")) <= 100 for cell in cells)
+
+
+def test_an_example_is_answered_at_a_click(page):
+    page.click(f"text={web_ner.EXAMPLES[1]}")
+    page.wait_for_selector("#marked .token")
+    assert "".join(part for part, _ in shown_marks(page)) == web_ner.EXAMPLES[1]
+
+
+def test_a_file_comes_back_as_predict_would_write_it(page, loaded, folder, tmp_path):
+    """Plain lines, one of them longer than a window."""
+    file = tmp_path / "我的 文本.txt"
+    file.write_text("王明在北京。\n\n" + LONG + "\n李华去年在上海。\n" + "新闻。\n" * 5, encoding="utf-8")
+    rows = predicted(loaded, read_texts(file))
+    upload(page, file)
+    page.wait_for_selector("#download", state="visible")
+    assert page.locator("#figures :is(textarea, input)").input_value().startswith("9 条文本，")
+    assert shown_lines(page, "#preview")[0][:3] == [
+        "1",
+        rows[0]["entities"][0]["entity"],
+        rows[0]["entities"][0]["type"],
+    ]
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename.endswith(".entities.jsonl")
+    lines = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
+    assert unrounded(map(json.loads, lines)) == unrounded(rows)
+    assert len([*(folder / "tmp").rglob("*.entities.jsonl")]) == 1  # gradio's copy; ours is gone
+
+
+def test_two_users_at_once_and_a_stop(page, browser, address, tmp_path):
+    """One sentence does not wait for another user's file; the file can be stopped, and the next text is answered."""
+    file = tmp_path / "long.txt"
+    file.write_text("".join(f"{i}{LONG}\n" for i in range(400)), encoding="utf-8")
+    upload(page, file)
+    page.wait_for_selector("#figures >> text=/400\\s*条/")  # the progress
+    other = browser.new_page(locale="zh-CN")
+    open_page(other, address)
+    recognize(other, "李华去年在上海。")
+    other.wait_for_selector("#marked .token")
+    other.close()
+    assert not page.locator("#download").is_visible()  # still at it
+    page.click("#stop_file")
+    recognize(page, "王明在北京。")
+    page.wait_for_selector("#marked .token")
+    page.wait_for_selector("text=已停止")
+    assert "".join(part for part, _ in shown_marks(page)) == "王明在北京。"
+    assert not page.locator("#download").is_visible()
+
+
+def test_what_is_refused_is_said(page, tmp_path):
+    """A mistake in a file; a file and a text that are too large, in Chinese. Where it stands, another can be given."""
+    file = tmp_path / "texts.jsonl"
+    file.write_text('{"text": "王明在北京。"}\n{"text": 王明}\n', encoding="utf-8")
+    upload(page, file)
     page.wait_for_selector("text=texts.jsonl:2: not valid JSON")
+    page.dispatch_event("#upload [aria-label=清除]", "click")
+    file.write_text("新" * (MAX_TEXT + 1), encoding="utf-8")
+    upload(page, file)
+    page.wait_for_selector(f"text=第 1 条：文本有 {MAX_TEXT + 1} 个字，最多 {MAX_TEXT} 个")
+    page.dispatch_event("#upload [aria-label=清除]", "click")
+    file.write_text("新\n" * 300_000, encoding="utf-8")
+    upload(page, file)
+    page.wait_for_selector("text=文件超过 1 MB")
+    recognize(page, "新" * (MAX_TEXT + 1))
+    page.wait_for_selector(f"text=/^文本有 {MAX_TEXT + 1} 个字/")
+
+
+def test_adapters_trained_meanwhile(page, loaded, folder):
+    """A new one is in the list; one that is trained anew answers as it is now."""
+    text = "王明在北京。"
+    adapter = folder / "checkpoint" / "mine" / "again" / "adapter_model"
+    shutil.copytree(folder / "checkpoint" / "mine" / "train_trainer" / "adapter_model", adapter)
+    page.click("#lora input")
+    page.get_by_role("option", name="mine/again").click()
+    for seed in (0, 1):
+        spoil(adapter, seed)
+        os.utime(adapter / "train_args.json")
+        recognize(page, text)
+        model, tokenizer = load_for_inference(adapter, loaded.args, loaded.facts, None, None, "fp32", "cpu")
+        (row,) = predicted(
+            SimpleNamespace(**{**vars(loaded), "model": model, "tokenizer": tokenizer}), [{"text": text}]
+        )
+        kinds = [kind for _, kind in pieces_of(row)]
+        page.wait_for_function(
+            """expected => JSON.stringify([...document.querySelectorAll("#marked .token")].map(
+                token => token.querySelector(".label")?.textContent ?? null)) == JSON.stringify(expected)""",
+            arg=kinds,
+        )
 
 
 def test_chat_streams_and_the_base_is_itself(page, loaded, folder):
     """The answer grows; it is that of whatever is chosen: of one adapter, the base, another, and the first again."""
-    (prompt,) = encode_prompts(loaded.tokenizer, [message_of(QUESTION, "")])
+    (prompt,) = encode_prompts(loaded.tokenizer, [QUESTION])
     answer = lambda: next(generate(loaded.model, loaded.tokenizer, [prompt], TOKENS, 1)).text  # noqa: E731
     own = answer()
     with loaded.model.disable_adapter():
@@ -264,25 +344,67 @@ def test_chat_streams_and_the_base_is_itself(page, loaded, folder):
     assert len({own, base, other}) == 3
     page.get_by_role("tab", name="闲聊").click()
     page.evaluate("""() => new MutationObserver(() => {
-        const all = [...document.querySelectorAll("#log .answered")], last = all.pop()?.textContent;
+        const all = [...document.querySelectorAll("#log [data-testid=bot]")], last = all.pop()?.textContent;
         if (all.length + 1 == window.turn && last != window.said[window.said.length - 1]) window.said.push(last);
     }).observe(document.querySelector("#log"), {childList: true, subtree: true, characterData: true})""")
-    turns = (None, own), (BASE, base), ("mine/train_deepspeed", other), ("mine/train_trainer", own)
+    turns = ("mine/train_trainer", own), (BASE, base), ("mine/train_deepspeed", other), ("mine/train_trainer", own)
     for number, (name, expected) in enumerate(turns, 1):
-        if name:
+        if number > 1:
             page.click("#lora input")
             page.get_by_role("option", name=name).click()
         page.evaluate("number => { window.said = []; window.turn = number; }", number)
         page.fill("#question :is(textarea, input)", QUESTION)
         page.press("#question :is(textarea, input)", "Enter")
-        page.wait_for_function("expected => window.said[window.said.length - 1] === expected", arg=expected)
-        said = [text for text in page.evaluate("window.said") if text != "…"]
+        head = f"【{name}】\n"
+        page.wait_for_function("expected => window.said[window.said.length - 1] === expected", arg=head + expected)
+        said = [text.removeprefix(head) for text in page.evaluate("window.said") if not text.endswith("…")]
         assert len(said) > 1 and all(later.startswith(earlier) for earlier, later in pairwise(said))
-    assert page.locator("#log .asked").all_text_contents() == [QUESTION] * len(turns)
+    assert page.locator("#log [data-testid=user]").all_text_contents() == [QUESTION] * len(turns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# without a browser
+# the HTTP API, without a browser
+
+
+def test_the_service_as_documented(address, loaded, tmp_path):
+    """The lines of docs/zh/answering.md, with curl and with Python; then what they do not show."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs/zh/answering.md").read_text(encoding="utf-8"), re.S)
+    commands = blocks[-1].replace(
+        "Client('http://127.0.0.1:7860'", f"Client('{address}', auth=('{USER}', '{PASSWORD}')"
+    )
+    (tmp_path / "login.txt").write_text(f"username={USER}&password={PASSWORD}\n", encoding="utf-8")
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    commands = ["bash", "-ec", commands.replace("http://127.0.0.1:7860", address)]
+    said = subprocess.run(commands, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    (row,) = json.loads(said.stdout.split("event: complete\ndata: ")[1].splitlines()[0])
+    assert unrounded([row]) == unrounded(predicted(loaded, [{"text": "程立群到了苏州。"}]))
+    assert ast.literal_eval(said.stdout.splitlines()[-1]) == row, said.stderr
+
+    gradio_client = pytest.importorskip("gradio_client")
+    client = gradio_client.Client(address, auth=(USER, PASSWORD), verbose=False)
+    (tmp_path / "texts.txt").write_text(f"{LONG}\n\n王明在北京。\n", encoding="utf-8")
+    file = client.predict(gradio_client.handle_file(tmp_path / "texts.txt"), api_name="/recognize_file")
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    assert unrounded(rows) == unrounded(predicted(loaded, [{"text": text} for text in (LONG, "", "王明在北京。")]))
+    loras = client.predict(api_name="/loras")
+    assert loras[0] == "mine/train_trainer" and loras[-1] == BASE
+    (prompt,) = encode_prompts(loaded.tokenizer, [QUESTION])
+    expected = next(generate(loaded.model, loaded.tokenizer, [prompt], TOKENS, 1)).text
+    assert client.predict(QUESTION, api_name="/ask") == expected
+    with pytest.raises(Exception, match="no adapter 'nobody'; there are mine/train_trainer"):
+        client.predict("王明", "nobody", api_name="/recognize")
+
+
+def test_who_is_not_logged_in_gets_nothing(address):
+    for path in ("gradio_api/call/v2/recognize", "gradio_api/upload", "gradio_api/queue/join"):
+        request = urllib.request.Request(f"{address}/{path}", b"{}", {"Content-Type": "application/json"})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        assert refused.value.code == 401
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# without a server
 
 
 def test_of_two_entities_that_overlap_the_first_is_marked():
@@ -292,55 +414,20 @@ def test_of_two_entities_that_overlap_the_first_is_marked():
         {"entity": "<学>", "type": "别的", "spans": [[3, 6]]},
     ]
     row = {"text": "北京大<学>$", "entities": entities}
-    assert HTML.marked_text(pieces_of(row, ["人名", "地名"])) == (
-        '<div class="marked"><mark class="c0" data-type="人名">北京</mark>大'
-        '<mark class="c7" data-type="别的">&#60;学&#62;</mark>&#36;</div>'
-    )
+    assert pieces_of(row) == [("北京", "人名"), ("大", None), ("<学>", "别的"), ("$", None)]
 
 
 def test_a_confidence_that_is_not_calibrated_is_called_so():
-    entity = {"entity": "北京", "type": "地名", "spans": [[0, 2]], "confidence": 0.9046, "log_probability": -2.5}
-    row = {"text": "北京", "prediction": "北京_地名", "entities": [entity], "calibrated": True}
-    shown = row_html(row, ["地名"])
-    assert "<th>置信度</th>" in shown and "<td>90.5%</td>" in shown
-    assert "<th>置信度（未校准）</th>" in row_html({**row, "calibrated": False}, ["地名"])
+    entity = {"entity": "北京", "type": "地名", "spans": [[0, 2]], "confidence": 0.9046}
+    row = {"text": "北京", "entities": [entity], "calibrated": True}
+    assert entity_lines(row) == [["北京", "地名", "0–2", "90.5%"]] and heads_of(row)[-1] == "置信度"
+    assert heads_of({**row, "calibrated": False})[-1] == "置信度（未校准）"
 
 
-def test_answers_of_another_task_stand_as_they_are():
-    row = {"text": "一周有几天？", "prediction": "七天<br>", "entities": []}
-    assert row_html(row, None) == '<div class="marked">七天&#60;br&#62;</div>'
-    assert file_html([row] * 2, None) == "<p>2 条回答</p>" + 2 * '<div class="marked">七天&#60;br&#62;</div>'
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--host=0.0.0.0"], "--host=0.0.0.0: others could use the page; give --auth=user:password as well"),
-        (["--host=::"], "give --auth"),
-        (["--host=elsewhere"], "--host=elsewhere: expected an IP address"),
-        (["--auth=nobody"], "--auth: expected user:password"),
-        (["--auth=:secret"], "--auth: expected user:password"),
-        (["--port=0"], "--port=0: expected 1 to 65535"),
-    ],
-)
-def test_who_may_open_the_page(options, message):
-    with pytest.raises(UserError, match=re.escape(message)):
-        web_ner.main(parse_config(web_ner.CONFIG, web_ner.__file__, options))
-
-
-def test_an_address_that_is_allowed():
-    check = lambda *options: check_address(parse_config(web_ner.CONFIG, web_ner.__file__, options))  # noqa: E731
-    port = f"--port={free_port()}"
-    assert check(port) is None and check(port, "--host=localhost") is None
-    assert check(port, "--host=0.0.0.0", "--auth=me:a:b") == ("me", "a:b")
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="in use; name another port"):
-        check(f"--port={taken.getsockname()[1]}")
-
-
-def test_what_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=f"pip install {re.escape(web_ner.GRADIO)}$"):
-        web_ner.main(parse_config(web_ner.CONFIG, web_ner.__file__, []))
+def test_what_the_model_said_is_shown_where_it_is_no_entities():
+    assert odd_answer({"prediction": "七天"}, None) == "七天"
+    assert odd_answer({"prediction": "没有"}, ["人名"]) is None
+    assert odd_answer({"prediction": "天", "problems": {"malformed": 1}}, ["人名"]) == "天"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +439,7 @@ def take_picture(path):
         page = browser.new_page(locale="zh-CN", viewport={"width": 1100, "height": 860})
         page.goto(address)
         page.click(f"text={web_ner.EXAMPLES[2]}")
-        page.wait_for_selector("#result .entities")
+        page.wait_for_selector("#entities [role=gridcell]")
         page.mouse.move(0, 0)
         page.wait_for_timeout(1000)  # for what fades in
         page.screenshot(path=path)

@@ -42,7 +42,7 @@ run.evaluate_loss = evaluate_loss
 SIGNALLED_EVALUATION = """
 import signal
 import alpaca.training.evaluate as evaluate
-module, name = {"loss": (run, "eval_batches"), "f1": (evaluate, "predict_rows")}["%s"]
+module, name = {"loss": (run, "eval_batches"), "f1": (evaluate.Answering, "in_turn")}["%s"]
 whole, calls = getattr(module, name), []
 def signalled(*args, **kwargs):
     calls.append(0)

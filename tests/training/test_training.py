@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train_trainer
 from alpaca.answering.grammar import AnswerGrammar
-from alpaca.answering.predictions import predict_rows
+from alpaca.answering.texts import Answering, uncut
 from alpaca.common.errors import UserError
 from alpaca.models.base import load_base, load_for_inference
 from alpaca.models.templates import TEMPLATES, encode_examples
@@ -362,14 +362,14 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
     load = partial(load_for_inference, adapter, args, facts, None, None, "fp32", "cpu")
     (model, tokenizer), (merged, _) = load(), load(merge=True)
     examples = read_examples(workspace / "data" / "mine" / "instruct_data" / "dev.txt")[:9]
-    grammar = AnswerGrammar(tokenizer, facts["labels"])
-    rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
+    answer = Answering(merged, tokenizer, uncut, facts["labels"], grammar=AnswerGrammar(tokenizer, facts["labels"]))
+    rows = [row for ended in answer.in_turn(examples) for row in ended]
     for example, row in zip(examples[:6], rows, strict=False):  # of which it is thus right
         example.update(answer=row["prediction"], entities=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     f1 = evaluate_f1(model, tokenizer, examples, args, facts)
-    rows = list(predict_rows(merged, tokenizer, examples, facts["labels"], grammar=grammar))
+    rows = [row for ended in answer.in_turn(examples) for row in ended]
     assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
     assert model.training and all(layer.training for layer in model.modules())
 
