@@ -5,7 +5,8 @@
     python web_ner.py --host=0.0.0.0 --auth=accounts.txt           # for others too; user:password in each line
 
 Offers the adapters found under checkpoint/ that were trained on the same base, and the base alone. A file's result is
-what predict.py writes. Programs use gradio's HTTP API: /recognize, /recognize_file, /ask, /loras. Nothing is fetched from elsewhere: no fonts, no statistics, no version checks.
+what predict.py writes. Programs use gradio's HTTP API: /recognize, /recognize_file, /ask, /loras. Nothing is fetched from
+elsewhere: no fonts, no statistics, no version checks.
 """
 
 from alpaca.common.start import start
