@@ -133,6 +133,7 @@ class Engine:
         if not self.capture_later:
             self.expect(len(rows))
 
+    @torch.inference_mode()
     def expect(self, count):
         """So many more rows will come: steps are captured if they, and those that came before, repay it."""
         adapter = adapter_in_use(self.model)
