@@ -96,8 +96,9 @@ def test_answers_are_transformers_own_in_any_batch(stand_in):
     for prompt in prompts:
         ids = torch.tensor([prompt])
         options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": ends, "pad_token_id": ends[0]}
-        # of the rows beyond the tokenizer none is ever said
-        options["suppress_tokens"] = list(range(len(tokenizer), model.config.vocab_size))
+        # no row beyond the tokenizer is ever said, nor what has no text
+        silent = {*tokenizer.controls.values()} - {*ends}
+        options["suppress_tokens"] = [*silent, *range(len(tokenizer), model.config.vocab_size)]
         said = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
         expected.append(tokenizer.decode([token for token in said if token not in tokenizer.ends]))
     # tied and untrained, it repeats the last token of the prompt
