@@ -247,8 +247,8 @@ def read_calibration(folder, adapter_sha256=None):
 
 
 def raw_confidence(log_probabilities):
-    """The probability of each line itself, float64; rounding may have made its logarithm more than 0."""
-    return numpy.exp(numpy.minimum(log_probabilities, 0.0))
+    """The probability of each line itself, float64."""
+    return numpy.exp(log_probabilities)
 
 
 def _sigmoid(z):

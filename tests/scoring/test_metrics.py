@@ -312,12 +312,13 @@ def test_suspects():
 def test_report(tmp_path):
     more = {"log_probability": -0.01, "margin": 0.1}
     rows = [*WRONG, {**row("<b>&", sure([entity("<b>", "人名", (0, 3))]), []), **more}]
+    rows += [{**row("海", sure([entity("海", "地名", (0, 1))]), []), **more}]
     write_report(tmp_path / "report.html", rows, score(rows, LABELS), rate_confidence(rows), "试 <1>", "a & b")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>试 &lt;1&gt;</title>" in page and "<b>" not in page and "http" not in page.replace("xmlns", "")
-    for title, count in (("漏掉", 2), ("多报", 2), ("边界错", 1), ("类型错", 1), ("格式错误", 1), ("不在原文", 1)):
+    for title, count in (("漏掉", 2), ("多报", 3), ("边界错", 1), ("类型错", 1), ("格式错误", 1), ("不在原文", 1)):
         assert f"<summary>{title} {count}</summary>" in page
-    assert "<svg" in page and "3 句" in page and '<span class="predicted">&lt;b&gt;</span>&amp;' in page
+    assert "<svg" in page and "4 句" in page and '<span class="predicted">&lt;b&gt;</span>&amp;' in page
     HTMLParser().feed(page)
 
 
