@@ -126,6 +126,7 @@ def differing(ours, theirs):
 def test_data_and_base_are_known_by_what_they_hold(identity, base_dir, instruct_data, tokenizer_models, tmp_path):
     ours = identity()
     assert differing(ours, identity(precision="bf16")) == ["precision"]
+    assert differing(ours, identity("--template=alpaca2")) == ["prompt_sha256"]
     copy, data = tmp_path / "copy", tmp_path / "data"
     shutil.copytree(base_dir, copy)
     shutil.copytree(instruct_data, data)
