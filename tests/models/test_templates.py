@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alpaca.common.errors import UserError
 from alpaca.models.templates import CLOCK, choose_name, encode_examples, encode_prompts, message_of
-from alpaca.models.tokenizer import load_tokenizer
+from alpaca.models.tokenizer import load_tokenizer, save_tokenizer
 from harness import make_records
 from stand_ins import CHAT, save_fast_tokenizer
 
@@ -92,6 +92,19 @@ def test_a_space_before_the_first_text_alone(tmp_path):
     assert ids == own.apply_chat_template([{"role": "user", "content": "王明"}], return_dict=False)
     assert (chat.before_answer, alpaca2.before_answer) == (b"", b" ")
     assert alpaca2.encode_texts(["王明"])[0] == own("王明")["input_ids"] != chat.encode_texts(["王明"])[0]
+
+
+def test_a_chat_template_goes_with_a_tokenizer_model(tmp_path, tokenizer_models):
+    """As a merge copies it: a LLaMA-2-Chat of SentencePiece alone is asked as before."""
+    save_tokenizer(tokenizer_models / "base.model", tmp_path / "base")
+    path = tmp_path / "base" / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    chat = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    path.write_text(json.dumps({**settings, "chat_template": chat}), encoding="utf-8")
+    save_tokenizer(tmp_path / "base" / "tokenizer.model", tmp_path / "merged")
+    base, merged = (load_tokenizer(tmp_path / name) for name in ("base", "merged"))
+    assert base.template.name == "chat" and merged.template == base.template
+    assert encode_prompts(merged, ["</s>"]) == [[1, *base.sp_model.encode("[INST] </s> [/INST]")]]
 
 
 def test_auto_does_not_guess():
