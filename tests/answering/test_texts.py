@@ -96,6 +96,18 @@ def test_only_so_many_answers_are_remembered(model, tokenizer, monkeypatch):
     answer, _ = answer_with(model, tokenizer, max_new_tokens=3)
     rows = [row for row, _ in in_order(alone(), enumerate(examples_of([*texts, *texts])), 24, answer)]
     assert rows[12:] == [{**row, "id": row["id"] + 12} for row in rows[:12]] and 12 < len(asked) <= 24
+    assert [row for ended in answer.in_turn(examples_of(texts)) for row in ended] == rows[:12]
+
+
+def test_how_much_is_cut_and_encoded_at_a_time(monkeypatch):
+    """So many texts or characters, so that a job can be stopped in between; and what there is for now."""
+    monkeypatch.setattr(answering, "ENCODED", 3)
+    monkeypatch.setattr(answering, "ENCODED_CHARACTERS", 10)
+    sizes = iter([(0, 1), (1, 1), (2, 1), (3, 4), (4, 9), None, (5, 1)])
+    numbered = iter([item and (item[0], {"text": "新" * item[1]}) for item in sizes])
+    found = [answering.next_texts(numbered) for _ in range(4)]
+    assert [[number for number, _ in items] for items, _, _ in found] == [[0, 1, 2], [3, 4], [], [5]]
+    assert [ends for _, *ends in found] == [[False, False], [False, False], [True, False], [False, True]]
 
 
 def test_a_row_that_takes_long_holds_the_others_back(monkeypatch):
