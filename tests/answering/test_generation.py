@@ -251,8 +251,14 @@ def test_short_prompts_leave_a_long_row_its_places(model, tokenizer, prompts, mo
 @pytest.mark.parametrize("steps", [32, 2])
 def test_few_rows_are_answered_before_the_first_has_its_answer(model, tokenizer, prompts, monkeypatch, steps):
     """In their order, and for no more than so many steps; where all rows are known, all begin at once."""
-    together, parts = [], Engine._parts
-    monkeypatch.setattr(Engine, "_parts", lambda *args: (parts(*args), together.append([*args[0].rows]))[0])
+    together, compute = [], Stepper.__call__
+
+    def noted(stepper, parts):
+        if parts[0].row.number >= 0:  # not a prefix
+            together.append(sorted(part.row.number for part in parts))
+        return compute(stepper, parts)
+
+    monkeypatch.setattr(Stepper, "__call__", noted)
     monkeypatch.setattr(engine, "FIRST_STEPS", steps)
     requests = [Request(i, prompt) for i, prompt in enumerate(prompts[0])]
     for expected in (len(requests), None):
@@ -261,11 +267,10 @@ def test_few_rows_are_answered_before_the_first_has_its_answer(model, tokenizer,
             key for found in answer_requests(model, tokenizer, requests, 24, 16, None, expected) for key, _ in found
         ]
         assert sorted(ended) == [*range(len(requests))]
-        numbers = [[row.number for row in rows] for rows in together]
-        few = [len(found) <= 8 for found in numbers if 0 in found]  # of each step with the first row
-        assert max(map(len, numbers)) == 16
+        few = [len(found) <= 8 for found in together if 0 in found]  # of each step with the first row
+        assert max(map(len, together)) == 16
         if expected:
-            assert numbers[0] == [*range(8)] and len(few) > 2 and few == [n < steps for n in range(len(few))]
+            assert together[0] == [*range(8)] and len(few) > 2 and few == [n < steps for n in range(len(few))]
         else:
             assert not any(few)
 
