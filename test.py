@@ -107,7 +107,6 @@ def main(args):
     processes, output = Processes(), nullcontext()
     if not processes.rank:
         task = {**columns, "labels": labels, "nested": nested, "metric": args.metric}
-        remedy = "name a copy of the adapter elsewhere with --lora_model" if adapter else "make its folder writable"
         made = made_with(args, adapter, train_args, facts, dev_path, **task)
         output = row_file(out / "predictions.jsonl", made, len(examples), args.resume, remedy)
     with output as file:
