@@ -470,6 +470,7 @@ def test_the_default_base_is_the_trainers():
     assert all(train_trainer.CONFIG[key] == train_deepspeed.CONFIG[key] for key in keys)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_libraries_load_is_no_traceback(tmp_path):
     command = [sys.executable, "-X", "importtime", str(ROOT / "test.py")]
     with subprocess.Popen(

@@ -321,6 +321,7 @@ assert prefix_collator([], bos_id=42)["input_ids"].tolist() == [[42]]
 """
 
 
+@pytest.mark.slow
 def test_prefix_collator_works_in_another_program(tmp_path):
     for name in ("dataset", "config_utils"):
         (tmp_path / f"{name}.py").write_text("MINE = True\n", encoding="utf-8")

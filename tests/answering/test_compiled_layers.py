@@ -19,6 +19,7 @@ SHAPE = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_atte
 TOKENS, SLOTS, PLACES, SHARED = 128, 5, 16, 256
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_layer_is_compiled_for_all_without_a_graph_break(kind):
     """With a LoRA kept apart, and once more without it; a second step compiles nothing."""

@@ -95,6 +95,7 @@ def test_answers_are_those_of_transformers(model, tokenizer, prompts):
     assert 1 < sum(answer.ended for answer in found) < len(found)  # rows leave at different times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constrained", [False, True])
 def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts, monkeypatch, constrained):
     """Batches of 1, 3 and 64; any order; a memory for two rows, in which others begin; prompts read in parts."""

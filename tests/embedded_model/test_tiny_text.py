@@ -32,6 +32,7 @@ def test_without_jieba_one_line_says_what_to_install(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_ordinary_words_are_no_names():
     words = {word for pool in dictionary.pools().values() for word in pool}
     assert len(words) > 50000 and {"高兴", "成功", "方向", "咖啡"} <= words

@@ -70,6 +70,7 @@ def test_a_prefix_row_is_one_example_at_a_time(stand_in):
         assert loss == pytest.approx(alone, rel=1e-5) and (other - gradient).norm() <= 1e-5 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_eight_examples_are_learnt_by_heart(stand_in):
     _, folder, tokenizer = stand_in
     model, examples = trainable(folder, rank=16), encode_examples(tokenizer, make_records(8, 7))
@@ -85,6 +86,7 @@ def test_eight_examples_are_learnt_by_heart(stand_in):
     assert losses[-1] < 0.1 * losses[0], losses[-1]
 
 
+@pytest.mark.slow
 def test_answers_are_transformers_own_in_any_batch(stand_in):
     """Greedy, without a grammar; some end, since an eos is made likely."""
     kind, folder, tokenizer = stand_in

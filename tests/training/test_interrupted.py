@@ -140,6 +140,7 @@ def run_two_ranks(trainer, patch, given, folder):
     return run_script(folder / "two_ranks.py", *given, cwd=folder, check=False)
 
 
+@pytest.mark.slow
 @needs_two_gpus
 @pytest.mark.parametrize(
     "trainer, stage, precision",
@@ -168,6 +169,7 @@ def test_gradients_that_are_no_numbers_end_the_run(base_dir, instruct_data, tmp_
     assert losses == 1  # those since the last log, at step 2, as a mean over ranks
 
 
+@pytest.mark.slow
 @needs_two_gpus
 @pytest.mark.parametrize(
     "trainer, patch, error",

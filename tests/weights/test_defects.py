@@ -106,6 +106,7 @@ def last_line(capsys, call, *args, **options):
     return capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_verify_accepts_bfloat16_and_large_loras(tmp_path, capsys):
     """Where the LoRA is large, rounding moves logits far: the limit is what rounding can do, not a guess about logits."""
     base = hf.converted(tmp_path / "base")
@@ -369,6 +370,7 @@ cmp "$1/mounted/model.safetensors" "$1/expected/model.safetensors"
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
     reason="mounting needs user namespaces",

@@ -527,6 +527,7 @@ def test_wrong_order_and_mixed_up_tokenizers_are_refused(chain, tokenizer_models
     assert f"{base}/tokenizer.model has 509 pieces, but {base} has embeddings for 420" in line
 
 
+@pytest.mark.slow
 def test_the_published_sizes_mixed_up_are_explained(tmp_path, tokenizer_models, capsys):
     """32000, 49953 and 49954: who belongs to whom, and which LoRA goes first, stands in the message."""
     for name, pieces in {"base": 32000, "llama": 49953, "alpaca": 49954}.items():
