@@ -22,8 +22,8 @@ class Row:
     them are kept: those of its prefix once for many rows, its own in the slots from `first` on.
 
     tokenizer: None for a row that gets no answer. text: what a grammar holds the answer to; None: the answer is free. given:
-    the tokens of an answer that is not chosen, only scored; it ends, at a log-probability of -inf, before one that the
-    grammar does not allow.
+    the tokens of an answer that is not chosen, only scored; -inf is the log-probability of one that the grammar does not
+    allow.
     """
 
     def __init__(self, number, prompt, limit, tokenizer=None, text=None, given=None):
@@ -69,8 +69,6 @@ class Row:
 
     def _note(self, token, log_probability):
         self.log_probability += log_probability
-        if self.log_probability == -math.inf:
-            self.ended = True
         if token in self.tokenizer.ends or self.log_probability == -math.inf:
             return
         piece = self.tokenizer.token_bytes[token]

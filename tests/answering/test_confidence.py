@@ -139,7 +139,7 @@ def test_predict_says_what_test_measured(rows, base_dir, tmp_path):
 def test_other_data_are_rated_and_fit_nothing(rows, capsys, tmp_path):
     """Part of the dev set, another file, free answers; the adapter's own calibration is used where it applies."""
     before, kept = BESIDE.read_bytes(), {path: path.read_bytes() for path in (OUTPUT, NOTE)}
-    copy = shutil.copyfile(DEV, tmp_path / "other.txt")
+    copy = write_jsonl(tmp_path / "other.txt", read_rows(DEV)[:-9])
     for options, calibrated, own in (
         (["--max_examples=20"], True, True),
         ([f"--dev_path={copy}"], True, False),

@@ -365,12 +365,12 @@ def test_held_and_free_answers_are_given_together(model, tokenizer, prompts):
 
 def given_log_probability(model, tokenizer, prompt, tokens, grammar=None, text=None):
     requests = iter([Request(0, prompt, text, tokens), Request(1, prompt, text)])
-    ended = [pair for pairs in answer_requests(model, tokenizer, requests, 24, 4, grammar) for pair in pairs]
+    ended = [pair for pairs in answer_requests(model, tokenizer, requests, 3, 4, grammar) for pair in pairs]
     return dict(ended)[0]
 
 
 def test_a_given_answer_is_scored_and_not_chosen(model, tokenizer, prompts):
-    """By the model's own probabilities of its tokens, the end included; beside a row that chooses."""
+    """By the model's own probabilities of its tokens, the end included, however many; beside a row that chooses."""
     prompt = prompts[0][3]
     tokens = [*tokenizer.encode_texts(["王明_人名\n北京_地名"])[0], EOS]
     with torch.no_grad():
