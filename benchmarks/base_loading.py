@@ -5,8 +5,8 @@
 
 Writes float16 files below --work_dir, deletes them at the end, and prints one line a measurement. The hash is that of
 alpaca/models/base_files.py, first with nothing of the files in memory, then again. Then each number of processes loads the
-model at the same time; memory is PSS of /proc/self/smaps_rollup, where a page that several
-processes share counts in parts, at its peak, as a multiple of the weights.
+model at the same time; memory is PSS of /proc/self/smaps_rollup, where a page that several processes share counts in parts,
+at its peak, as a multiple of the weights.
 """
 
 import json
@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import save_file
 
 from alpaca.common.devices import DTYPES
-from alpaca.models.base import load_base
 from alpaca.models.base_files import tensors_sha256, weight_files
+from alpaca.models.base_weights import load_base
 from alpaca.models.layers import tensor_shapes
 from benchmarks.speed_inputs import SHAPES
 from config_utils import run_script

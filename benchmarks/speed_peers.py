@@ -7,7 +7,7 @@ import time
 import torch
 
 from alpaca.common.devices import DTYPES, init_distributed, pick_precision
-from alpaca.models.base import load_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.prefix_tree import pad_batch

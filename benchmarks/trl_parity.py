@@ -24,7 +24,7 @@ from alpaca.common.start import start
 start()
 
 from alpaca.common.errors import UserError
-from alpaca.models.base import load_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.templates import encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.batches import optimizer_steps

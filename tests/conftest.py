@@ -165,7 +165,7 @@ def lora_model(base_dir):
     """A float32 model whose adapters are not zero, so that no gradient is."""
     import torch
 
-    from alpaca.models.base import load_base
+    from alpaca.models.base_weights import load_base
     from alpaca.training.lora import add_lora, lora_weights
 
     model = add_lora(load_base(base_dir, torch.float32, "cpu"), lora_settings())

@@ -13,7 +13,7 @@ from alpaca.common.errors import UserError
 from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import DEFAULT_BASE
 from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, read_config, weight_files
-from alpaca.models.base_weights import empty_model, load_quantized, load_whole, pick_base_weights
+from alpaca.models.base_weights import empty_model, load_base, pick_base_weights
 from alpaca.models.facts import template_of
 from alpaca.models.quantized import QuantizedLinear
 from alpaca.models.tokenizer import load_tokenizer
@@ -33,16 +33,6 @@ def check_vocabulary(tokenizer, rows, base):
         raise UserError(
             f"{source} has {pieces} pieces, {base} {rows} embeddings; use the {source.name} that belongs to it"
         )
-
-
-def load_base(model_dir, dtype, device, base_weights="full"):
-    """The causal LM of a local folder in `dtype`, frozen. UserError for one of other tensors than config.json says.
-
-    device: auto: spread over several GPUs (spread.py). base_weights: full, nf4 or fp8, see base_weights.py.
-    """
-    if base_weights != "full":
-        return load_quantized(model_dir, base_weights, dtype, device)
-    return load_whole(model_dir, dtype, device)
 
 
 def check_generation(args):
@@ -69,16 +59,17 @@ def load_for_inference(
     merge=False,
     base_weights="auto",
     template="auto",
+    tokenizer=None,
 ):
     """(model, tokenizer) as the command line and what find_adapter returned say; the command line wins.
 
     Refuses, before the weights load, a base or a tokenizer that is not the adapter's. `merge`: add the LoRA to the
     weights, which then cost nothing more; the base alone is gone. On a quantized base it stays apart. device: of
-    pick_device; None: the current one.
+    pick_device; None: the current one. tokenizer: that of load_base_tokenizer, if it is there already.
     """
     base = base_folder(adapter, train_args, base_model)
     config = check_model_dir(base)
-    tokenizer = load_tokenizer(tokenizer_path or base, template_of(facts, template))
+    tokenizer = tokenizer or load_base_tokenizer(adapter, train_args, facts, base_model, tokenizer_path, template)
     check_vocabulary(tokenizer, config["vocab_size"], base)
     if adapter:
         check_fit(adapter, train_args, facts, base, tokenizer)
@@ -97,6 +88,13 @@ def load_for_inference(
                 layer.merge()
             model = model.unload()
     return model.eval(), tokenizer
+
+
+def load_base_tokenizer(adapter, train_args, facts, base_model, tokenizer_path, template):
+    """The tokenizer, with its template, as the command line and what find_adapter returned say."""
+    base = base_folder(adapter, train_args, base_model)
+    check_model_dir(base)
+    return load_tokenizer(tokenizer_path or base, template_of(facts, template))
 
 
 def base_folder(adapter, train_args, base_model):

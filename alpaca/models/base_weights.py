@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import EMBEDDING, HEAD, check_tied, dims, mapped_tensors, read_base, read_config
+from alpaca.models.base_files import EMBEDDING, HEAD, check_tied, dims, mapped_tensors, read_config
 from alpaca.models.layers import meta_model
 from alpaca.models.mapped_memory import forget
 from alpaca.models.quantized import FP8_MULTIPLE, Fp8Linear, Nf4Linear
@@ -57,10 +57,12 @@ def empty_model(model_dir, dtype=torch.float32):
     return meta_model(AutoConfig.for_model(**{**read_config(model_dir), "name_or_path": str(model_dir)})).to(dtype)
 
 
-def load_whole(model_dir, dtype, device):
-    """A base in evaluation mode on `device` (auto: several) in `dtype`; UserError for a folder of other tensors than config.json says.
+def load_base(model_dir, dtype, device, base_weights="full"):
+    """The causal LM of a local folder, frozen, on `device` (auto: several, see spread.py): its layers' matrices quantized as
+    base_weights says, the rest, or with `full` all, in `dtype`. UserError for other tensors than config.json says.
 
-    Read tensor by tensor, so that the host never holds more than the model and one tensor: of a model on a GPU one tensor.
+    Read tensor by tensor, so that the host never holds more than the model and one tensor, of a model on a GPU one tensor.
+    What is quantized is so from the file's own numbers, the same in every precision; nothing ever holds the full model.
     """
     model, tensors = empty_model(model_dir, dtype), dict(mapped_tensors(model_dir))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -76,10 +78,9 @@ def load_whole(model_dir, dtype, device):
     if model.config.tie_word_embeddings and HEAD in tensors:
         check_tied(tensors.pop(HEAD), tensors[EMBEDDING], model_dir)
     _check_others(sorted(tensors.keys() - shapes.keys()), model_dir)
-    places = places_on(device, model, "full")
+    places = places_on(device, model, base_weights)
     for name in progress(shapes, desc="加载模型", unit="个"):
-        tensor, (path, _, child) = tensors.pop(name), name.rpartition(".")
-        setattr(model.get_submodule(path), child, _parameter(tensor, dtype, place_of(places, name)))
+        put_weight(model, name, tensor := tensors.pop(name), base_weights, dtype, place_of(places, name))
         forget(tensor)
     return complete(model, place_of(places, EMBEDDING))
 
@@ -95,33 +96,14 @@ def _check_others(names, model_dir):
         say(f"{model_dir}: 不用 {len(names)} 个张量，如 {names[0]}")
 
 
-def _parameter(tensor, dtype, device):
-    """A copy of a tensor of a file. On a GPU the GPU converts it."""
-    return nn.Parameter(tensor.to(device).to(dtype, copy=True), requires_grad=False)
-
-
-def load_quantized(model_dir, base_weights, dtype, device):
-    """A base in evaluation mode on `device` (auto: several), its layers' matrices quantized, the rest in `dtype`.
-
-    Each is quantized when it is read, from the file's own numbers: neither host nor GPU ever holds the full model, and
-    the quantized numbers are the same in every precision. UserError for a folder that is damaged.
-    """
-    _, tensors, _ = read_base(model_dir)
-    model = empty_model(model_dir, dtype)
-    places = places_on(device, model, base_weights)
-    for name in progress([*tensors], desc="加载模型", unit="个"):
-        put_weight(model, name, tensor := tensors.pop(name), base_weights, dtype, place_of(places, name))
-        forget(tensor)
-    return complete(model, place_of(places, EMBEDDING))
-
-
 def put_weight(model, name, tensor, base_weights, dtype, device):
     """Give an empty model one of its tensors, quantized where it is the matrix of a layer and base_weights is not full."""
     path, _, kind = name.rpartition(".")
     parent, _, child = path.rpartition(".")
     module = model.get_submodule(path)
     if base_weights == "full" or name == HEAD or kind == "bias" or not isinstance(module, nn.Linear):
-        setattr(module, kind, _parameter(tensor, dtype, device))
+        copied = tensor.to(device).to(dtype, copy=True)  # on a GPU the GPU converts it
+        setattr(module, kind, nn.Parameter(copied, requires_grad=False))
         return
     if base_weights == "fp8" and any(size % FP8_MULTIPLE for size in tensor.shape):
         raise UserError(

@@ -14,8 +14,8 @@ from alpaca.common.console import end_bars, say
 from alpaca.common.devices import DTYPES, check_launcher, describe_device, init_distributed, resolve_precision
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
-from alpaca.models.base import check_model_dir, check_vocabulary, load_base
-from alpaca.models.base_weights import check_base_weights
+from alpaca.models.base import check_model_dir, check_vocabulary
+from alpaca.models.base_weights import check_base_weights, load_base
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.training.adapter_writer import BestScore, adapter_step, save_adapter, training_facts
 from alpaca.training.audit import load_audited_data

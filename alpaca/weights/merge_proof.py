@@ -9,8 +9,9 @@ from alpaca.answering.generate import generate
 from alpaca.answering.memory import free_memory
 from alpaca.common.console import progress
 from alpaca.common.errors import UserError
-from alpaca.models.base import attach_adapter, load_base
+from alpaca.models.base import attach_adapter
 from alpaca.models.base_files import EMBEDDING, read_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.facts import read_facts, template_of
 from alpaca.models.layers import meta_model
 from alpaca.models.templates import encode_prompts, message_of

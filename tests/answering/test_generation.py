@@ -23,7 +23,7 @@ from alpaca.answering.slots import Slots
 from alpaca.answering.standby import Standby
 from alpaca.answering.step import Part, Stepper
 from alpaca.common.errors import UserError
-from alpaca.models.base import load_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.templates import TEMPLATES, encode_prompts, message_of
 from alpaca.models.tokenizer import BOS, EOS, UNK, load_tokenizer
 from harness import INSTRUCTION, make_records

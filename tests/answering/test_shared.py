@@ -16,7 +16,7 @@ from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.row import NO_ANSWER, Row
 from alpaca.answering.shared import SharedEngine
 from alpaca.common.errors import UserError
-from alpaca.models.base import load_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
 from harness import INSTRUCTION, make_records

@@ -19,7 +19,7 @@ from alpaca.answering.row import Row
 from alpaca.answering.texts import Answering, prompt_encoder
 from alpaca.answering.windows import cutter, row_of_text
 from alpaca.common.processes import Processes
-from alpaca.models.base import load_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.cut_text import cut_text, token_ends
 from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer

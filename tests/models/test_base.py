@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca.common.devices import check_devices
 from alpaca.common.errors import UserError
-from alpaca.models.base import load_base
 from alpaca.models.base_files import EMBEDDING, HEAD
+from alpaca.models.base_weights import load_base
 from alpaca.models.layers import tensor_shapes
 from alpaca.models.spread import place_of, spread
 from harness import run_script, write_jsonl

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from alpaca.common.errors import UserError
 from alpaca.models import quantized
-from alpaca.models.base import load_base
-from alpaca.models.base_weights import check_base_weights, pick_base_weights
+from alpaca.models.base_weights import check_base_weights, load_base, pick_base_weights
 from alpaca.models.quantized import BLOCK, NF4, Fp8Linear, Nf4Linear, QuantizedLinear, to_nf4
 from alpaca.training import tree_attention  # noqa: F401  registers add_lora's attention
 from alpaca.training.lora import add_lora, for_answers

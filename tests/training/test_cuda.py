@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from alpaca.answering.memory import free_memory
-from alpaca.models.base import load_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.templates import TokenizedExample
 from alpaca.models.tokenizer import EOS
 from alpaca.training.batches import TrainLoader

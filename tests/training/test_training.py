@@ -24,7 +24,8 @@ import train_trainer
 from alpaca.answering.grammar import AnswerGrammar
 from alpaca.answering.texts import Answering, uncut
 from alpaca.common.errors import UserError
-from alpaca.models.base import load_base, load_for_inference
+from alpaca.models.base import load_for_inference
+from alpaca.models.base_weights import load_base
 from alpaca.models.templates import TEMPLATES, encode_examples
 from alpaca.models.tokenizer import load_tokenizer
 from alpaca.scoring.metrics import score

@@ -23,8 +23,9 @@ import specimens_lora as lora
 import specimens_meta as meta
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
-from alpaca.models.base import check_model_dir, load_base, load_for_inference
+from alpaca.models.base import check_model_dir, load_for_inference
 from alpaca.models.base_files import read_base
+from alpaca.models.base_weights import load_base
 from alpaca.models.facts import read_facts, with_task
 from alpaca.weights import checksums
 from config_utils import run_script
