@@ -32,7 +32,7 @@ from alpaca.common.processes import Processes
 from alpaca.common.text_files import SURROGATE
 from alpaca.corpora.inputs import read_texts
 from alpaca.models.adapters import find_adapter
-from alpaca.models.base import check_generation
+from alpaca.models.base import check_generation, load_base_tokenizer
 from alpaca.models.facts import with_task
 from config_utils import run_script
 from dataset import ROW_KEYS, example_of_input, task_of
@@ -115,6 +115,7 @@ def main(args):
     if len(facts.get("instructs", [])) > 1 and without_instruct:
         say(f"训练用过 {len(facts['instructs'])} 种指令，没有写 instruct 的文本用第一种：{instruct[:40]}")
     calibration = calibration_of(args, adapter, train_args)
+    tokenizer = load_base_tokenizer(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.template)
     processes, output = Processes(), nullcontext()
 
     def examples():
@@ -123,14 +124,14 @@ def main(args):
     if args.output_path and not processes.rank:
         task = {"instruct": instruct, "labels": labels, "query_prefix": query_prefix}
         task |= {"min_confidence": args.min_confidence, "calibration": calibration and list(calibration)}
-        made = made_with(args, adapter, train_args, facts, args.input_path, **task)
+        made = made_with(args, adapter, train_args, tokenizer, args.input_path, **task)
         output = row_file(args.output_path, made, total, args.resume)
     cut_off = 0
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
         rules = facts.get("nested", False), held_instructs(args.constrained, facts), calibration
-        answer = load_answering(args, adapter, train_args, facts, labels, *rules)
+        answer = load_answering(args, adapter, train_args, facts, tokenizer, labels, *rules)
         rows = progress_or_lines(in_order(processes, enumerate(examples()), total, answer), total - first, "回答", "条")
         if file:
             file.begin()

@@ -33,7 +33,7 @@ from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import read_jsonl
 from alpaca.models.adapters import find_adapter
-from alpaca.models.base import check_generation
+from alpaca.models.base import check_generation, load_base_tokenizer
 from alpaca.scoring.calibration import calibration_text
 from alpaca.scoring.metrics import as_answered_perfectly, exact, percents, score, score_table
 from alpaca.scoring.report import write_report
@@ -103,16 +103,17 @@ def main(args):
     out = adapter.parent if adapter else Path("checkpoint") / args.data_name / "base"
     remedy = "name a copy of the adapter in another folder with --lora_model" if adapter else "make its folder writable"
     plan = plan_confidences(args, adapter, train_args, dev_path, remedy)
+    tokenizer = load_base_tokenizer(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.template)
 
     processes, output = Processes(), nullcontext()
     if not processes.rank:
         task = {**columns, "labels": labels, "nested": nested, "metric": args.metric}
-        made = made_with(args, adapter, train_args, facts, dev_path, **task)
+        made = made_with(args, adapter, train_args, tokenizer, dev_path, **task)
         output = row_file(out / "predictions.jsonl", made, len(examples), args.resume, remedy)
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
-        answer = load_answering(args, adapter, train_args, facts, labels, nested)
+        answer = load_answering(args, adapter, train_args, facts, tokenizer, labels, nested)
         if file:
             for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
                 (out / name).unlink(missing_ok=True)

@@ -16,21 +16,17 @@ from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
 from alpaca.models.adapter_files import adapter_sha256
 from alpaca.models.adapters import open_output
-from alpaca.models.base import base_folder, check_model_dir
+from alpaca.models.base import base_folder
 from alpaca.models.base_files import tensors_sha256
-from alpaca.models.facts import template_of
-from alpaca.models.tokenizer import load_tokenizer
 
 ROWS = "entities with log_probability and confidence"  # earlier ones had only a confidence, the mean of a token
 DECIDES = ("max_new_tokens", "constrained", "base_weights")  # options that the rows depend on
 KNOWN_BY_CONTENT = ("adapter", "base", "tokenizer", "input")  # these may stand elsewhere when a run goes on
 
 
-def made_with(args, adapter, train_args, facts, input_path, **more):
+def made_with(args, adapter, train_args, tokenizer, input_path, **more):
     """What decides the rows, as <output>.run.json holds it. args: of test.py or predict.py; more: what else does."""
     base = base_folder(adapter, train_args, args.base_model)
-    check_model_dir(base)
-    tokenizer = load_tokenizer(args.tokenizer_path or base, template_of(facts, args.template))
     return {
         "rows": ROWS,
         "adapter": adapter and str(adapter),

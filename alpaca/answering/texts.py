@@ -18,14 +18,14 @@ KNOWN = 100_000  # equal texts among so many are answered once; an answer takes 
 ENCODED, ENCODED_CHARACTERS = 64, 20_000  # texts that are encoded together; in long ones there is more to do
 
 
-def load_answering(args, adapter, train_args, facts, labels, nested, instructs=None, calibration=None):
-    """The Answering that the options of test.py or predict.py, and what find_adapter returned, say. Texts that are too long
-    become windows; labels=None: another task than NER, of which nothing is cut."""
-    model, tokenizer = load_for_inference(
+def load_answering(args, adapter, train_args, facts, tokenizer, labels, nested, instructs=None, calibration=None):
+    """The Answering that the options of test.py or predict.py, and what find_adapter returned, say. tokenizer: of
+    load_base_tokenizer. Texts that are too long become windows; labels=None: another task than NER, of which nothing is cut."""
+    model, _ = load_for_inference(
         *(adapter, train_args, facts, args.base_model, args.tokenizer_path, args.precision, pick_device(args.devices)),
         merge=True,
         base_weights=args.base_weights,
-        template=args.template,
+        tokenizer=tokenizer,
     )
     grammar = make_grammar(args.constrained, adapter or facts, tokenizer, labels)
     cut = uncut if labels is None else cutter(model, tokenizer, train_args, facts)

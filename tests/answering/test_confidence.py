@@ -17,6 +17,7 @@ from alpaca.answering.generate import Request, answer_requests
 from alpaca.answering.texts import load_answering, prompt_encoder
 from alpaca.common.errors import UserError
 from alpaca.models.adapters import find_adapter
+from alpaca.models.base import load_base_tokenizer
 from alpaca.models.tokenizer import EOS
 from alpaca.scoring.calibration import CALIBRATION, out_of_fold, read_calibration, scored
 from alpaca.scoring.errors import different
@@ -180,7 +181,8 @@ def test_margins(rows, workspace):
     """What the model said is so much likelier than gold as it finds them itself; of windows the sum."""
     args = arguments(test_command)
     adapter, train_args, facts = find_adapter("mine", "auto")
-    answering = load_answering(args, adapter, train_args, facts, facts["labels"], facts["nested"])
+    tokenizer = load_base_tokenizer(adapter, train_args, facts, None, None, "auto")
+    answering = load_answering(args, adapter, train_args, facts, tokenizer, facts["labels"], facts["nested"])
     examples = read_examples(DEV)
     assert {i for i, row in enumerate(rows) if "margin" in row} == {*different(rows)}
     assert [row["answer"] for row in rows if row.get("margin", 0) is None] == ["鑫鑫_人名"]

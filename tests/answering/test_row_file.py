@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from alpaca.answering.row_file import made_with, row_file
 from alpaca.common.errors import UserError
+from alpaca.models.base import load_base_tokenizer
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def facts(tmp_path, tokenizer_models):
 def facts_of(folder, base="base"):
     args = {"max_new_tokens": 8, "constrained": "auto", "tokenizer_path": None, "base_weights": "auto"}
     args = SimpleNamespace(**args, template="auto", precision="fp32", base_model=folder / base)
-    return made_with(args, folder / "adapter", None, {}, folder / "in.txt", labels=["人名"])
+    tokenizer = load_base_tokenizer(None, None, {}, args.base_model, args.tokenizer_path, args.template)
+    return made_with(args, folder / "adapter", None, tokenizer, folder / "in.txt", labels=["人名"])
 
 
 def write(path, facts, rows, resume=False, total=3):
