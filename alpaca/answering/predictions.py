@@ -37,7 +37,7 @@ def row_of(example, answer, labels, nested):
     "problems" where there are any; its entities have a "log_probability", and confidences once the windows of a text are
     joined (windows.py). `gold` (exact spans) and `problems` (counts) let metrics be recomputed from the file.
     labels=None: another task than NER. Its rows have an "instruct", and neither entities nor gold. nested: whether
-    entities inside longer ones have spans (dataset.nests). instructs: of held_instructs.
+    entities inside longer ones have spans (dataset.nests).
     """
     ner = labels is not None
     parsed = parse_answer((ner and answer.text) or "", example["text"], labels)

@@ -91,7 +91,7 @@ def make_events(gr, models, max_text):
     # the page
 
     def mark_text(text, name, request: gr.Request, progress=gr.Progress()):  # noqa: B008
-        """Yields the marked text, the entities as a table, and what the model said where that is neither."""
+        """Returns the marked text, the entities as a table, and what the model said where that is neither."""
         rows = []
         with refusing(), stops.job(request.session_hash, "text") as stop:
             choice = models.choice(name)

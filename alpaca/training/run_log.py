@@ -25,11 +25,8 @@ class TrainLog:
         if is_main():
             repair_log(self.path)
         self.since_step, self.since = first_step, time.time()
-        self.first_step, self.steps, self.ends = (
-            first_step,
-            0,
-            [],
-        )  # steps: of this process; ends: when the first ones ended
+        self.first_step, self.steps = first_step, 0  # steps: of this process
+        self.ends = []  # when the first TIMED_STEPS of them ended
         self.draws, self.board = is_main(), None
         if tensorboard and is_main():
             from torch.utils.tensorboard import SummaryWriter  # check_options has looked for it
