@@ -41,6 +41,8 @@ def start():
     # node that adds up a gradient before the steps, on another stream; autograd waits for it.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+    # float32 was asked for: TensorFloat32, which the compiler of CUDA kernels recommends, rounds to 10 bits
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32")
     # Of torch's C++ only errors. A run that ends by an error leaves its process group open, and NCCL would remark on that; to
     # close it, a process would wait for others that may never come.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

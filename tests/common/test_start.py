@@ -12,6 +12,7 @@ import os, warnings
 warnings.warn("`torch.distributed.all_gather_into_tensor` is deprecated. Please use another", FutureWarning)
 warnings.warn("barrier(): using the device under current context.")
 warnings.warn("The AccumulateGrad node's stream does not match the stream of the node that produced it.")
+warnings.warn("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled.")
 import torch
 print(os.environ["TORCH_CPP_LOG_LEVEL"], torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
 """
