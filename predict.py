@@ -133,9 +133,7 @@ def main(args):
         rules = facts.get("nested", False), held_instructs(args.constrained, facts), calibration
         answer = load_answering(args, adapter, train_args, facts, tokenizer, labels, *rules)
         rows = progress_or_lines(in_order(processes, enumerate(examples()), total, answer), total - first, "回答", "条")
-        if file:
-            file.begin()
-        elif not processes.rank:
+        if not file and not processes.rank:
             tqdm.write("=" * 100)
         shown = examples()
         for number, (row, inside) in enumerate(rows, first + 1):

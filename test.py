@@ -109,15 +109,13 @@ def main(args):
     if not processes.rank:
         task = {**columns, "labels": labels, "nested": nested, "metric": args.metric}
         made = made_with(args, adapter, train_args, tokenizer, dev_path, **task)
-        output = row_file(out / "predictions.jsonl", made, len(examples), args.resume, remedy)
+        outdated = [out / name for name in WRITTEN["ner"][1:]]
+        output = row_file(out / "predictions.jsonl", made, len(examples), args.resume, remedy, outdated)
     with output as file:
         first = file.first if file else 0
         processes.begin(first)
         answer = load_answering(args, adapter, train_args, facts, tokenizer, labels, nested)
         if file:
-            for name in WRITTEN["ner"][1:]:  # those of an earlier test are not of these predictions
-                (out / name).unlink(missing_ok=True)
-            file.begin()
             say_cuts(answer.cut(examples))
         rows = in_order(processes, enumerate(examples), len(examples), answer)
         for row, _ in progress_or_lines(rows, len(examples) - first, "回答", "条"):

@@ -52,13 +52,16 @@ def _sha256(path):
 class RowFile:
     """A file of rows on rank 0. `first`: how many it holds already."""
 
-    def __init__(self, path, file, facts, first):
-        self.path, self.file, self.facts, self.first = Path(path), file, facts, first
+    def __init__(self, path, file, facts, first, outdated):
+        self.path, self.file, self.facts, self.first, self.outdated = Path(path), file, facts, first, outdated
         self.count, self.begun = first, False
 
     def begin(self):
-        """What was in it goes now, unless it goes on. A failure up to here has lost nothing."""
+        """What was in it goes now, unless it goes on, and what was made of its rows. A failure up to here has lost
+        nothing."""
         self.begun = True
+        for path in self.outdated:
+            Path(path).unlink(missing_ok=True)
         if not self.first:
             self.file.truncate(0)
             note = _note_of(self.path)
@@ -68,6 +71,8 @@ class RowFile:
             note.with_name(note.name + ".new").replace(note)
 
     def write(self, row):
+        if not self.begun:
+            self.begin()
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
         self.count += 1
@@ -84,15 +89,17 @@ def rewrite(path, rows):
 
 
 @contextmanager
-def row_file(path, facts, total, resume, remedy="name another file"):
+def row_file(path, facts, total, resume, remedy="name another file", outdated=()):
     """A RowFile, opened before anything is computed; with resume it holds the rows of the first texts already.
 
-    facts: of made_with. Where it ends early, a line says how to go on. UserError where the file was made with other facts.
+    facts: of made_with. outdated: files that a first row makes those of other rows. Where it ends early, a line says how to go on. UserError where the file was made with other facts.
     """
     with open_output(path, remedy) as file, locked(path):
-        rows = RowFile(path, file, facts, _rows_written(Path(path), facts, total) if resume else 0)
+        rows = RowFile(path, file, facts, _rows_written(Path(path), facts, total) if resume else 0, outdated)
         try:
             yield rows
+            if not rows.begun:  # nothing was left to answer
+                rows.begin()
             file.flush()
             os.fsync(file.fileno())
         except BaseException:

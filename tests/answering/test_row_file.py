@@ -35,7 +35,6 @@ def facts_of(folder, base="base"):
 
 def write(path, facts, rows, resume=False, total=3):
     with row_file(path, facts, total, resume) as file:
-        file.begin()
         for row in rows:
             file.write(row)
         return file.first
@@ -90,8 +89,23 @@ def test_what_ends_early_says_how_to_go_on(tmp_path, facts, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["predict.py", "--input_path=a b", "--resume", "--local_rank=0"])
     path = tmp_path / "rows.jsonl"
     with pytest.raises(KeyboardInterrupt), row_file(path, facts, 3, False) as file:
-        file.begin()
         file.write({"n": 1})
         assert json.loads(path.read_text()) == {"n": 1}  # on disk at once
         raise KeyboardInterrupt
     assert f"{path} 里有 1 条，接着做: python predict.py '--input_path=a b' --resume" in capsys.readouterr().err
+
+
+def test_what_ends_before_its_first_row_has_lost_nothing(tmp_path, facts, capsys):
+    """As where the first step finds NaN in a base, or Ctrl-C comes while the weights load."""
+    path, metrics = tmp_path / "rows.jsonl", tmp_path / "metrics.json"
+    write(path, facts, [{"n": 1}])
+    metrics.write_text("{}")
+    note = path.with_name("rows.jsonl.run.json").read_bytes()
+    with pytest.raises(UserError, match="NaN"), row_file(path, {**facts, "x": 1}, 3, False, outdated=[metrics]):
+        raise UserError("the model computes NaN")
+    assert path.read_text() == '{"n": 1}\n' and path.with_name("rows.jsonl.run.json").read_bytes() == note
+    assert metrics.exists() and "--resume" not in capsys.readouterr().err
+    with row_file(path, facts, 3, False, outdated=[metrics]) as file:
+        file.write({"n": 2})
+        assert not metrics.exists()
+    assert path.read_text() == '{"n": 2}\n'
