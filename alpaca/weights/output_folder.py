@@ -11,6 +11,7 @@ from alpaca.common.folders import check_writable
 from alpaca.common.locks import locked
 from alpaca.models.facts import TRAIN_ARGS
 from alpaca.models.tokenizer import FAST_FILES
+from alpaca.scoring.calibration import CALIBRATION
 
 # What a finished folder is known by: it is written last, and where a folder is replaced, it goes first.
 LAST = {"huggingface": "config.json", "pth": "params.json"}
@@ -19,6 +20,7 @@ WEIGHTS = {
     "pth": ("consolidated.*.pth",),
 }
 OTHERS = ("tokenizer.model", *FAST_FILES)
+OF_A_LORA = (TRAIN_ARGS, CALIBRATION)  # what goes with a merged one, and with no other
 
 
 def write_json(path, value):
@@ -103,7 +105,7 @@ def _move(work, path, kind):
     if not path.exists():
         work.rename(path)
         return
-    for pattern in (LAST[kind], *WEIGHTS[kind], TRAIN_ARGS):
+    for pattern in (LAST[kind], *WEIGHTS[kind], *OF_A_LORA):
         for old in path.glob(pattern):
             old.unlink()
     for file in sorted(work.iterdir(), key=lambda file: file.name == LAST[kind]):
@@ -113,7 +115,7 @@ def _move(work, path, kind):
 
 def clear(work):
     """Delete what a killed run left in `work`; a folder of this name that holds anything else is somebody's own."""
-    ours = (*LAST.values(), *WEIGHTS["huggingface"], *WEIGHTS["pth"], *OTHERS, TRAIN_ARGS)
+    ours = (*LAST.values(), *WEIGHTS["huggingface"], *WEIGHTS["pth"], *OTHERS, *OF_A_LORA)
     foreign = [file for file in work.glob("*") if not any(file.match(pattern) for pattern in ours)]
     if foreign or (work.exists() and not work.is_dir()):
         raise UserError(f"{foreign[0] if foreign else work}: is where the model is to be written; move it away")
