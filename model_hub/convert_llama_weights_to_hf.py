@@ -23,12 +23,12 @@ start()
 
 from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
-from alpaca.models.base_files import fits_vocabulary, read_config
+from alpaca.models.base_files import check_whole, fits_vocabulary, read_config
 from alpaca.models.facts import TRAIN_ARGS
 from alpaca.models.layers import tensor_shapes
 from alpaca.models.tokenizer import load_sentencepiece, save_tokenizer
 from alpaca.weights.checksums import hash_in_background, print_sum
-from alpaca.weights.llama_files import read_meta
+from alpaca.weights.llama_files import meta_folder, read_meta
 from alpaca.weights.llama_layout import from_meta
 from alpaca.weights.output_folder import new_folder
 from alpaca.weights.safetensors_writer import save_huggingface
@@ -79,11 +79,10 @@ def blame(name):
 def main(args):
     started = time.time()
     input_dir = user_path(args.input_dir)
-    folder = input_dir / args.model_size
     if args.max_position_embeddings < 1:
         raise UserError(f"--max_position_embeddings={args.max_position_embeddings}: expected 1 or more, e.g. 2048")
-    if args.model_size != "tokenizer_only" and not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; put Meta's consolidated.*.pth and params.json there")
+    if args.model_size != "tokenizer_only":
+        folder = meta_folder(input_dir, args.model_size)
     tokenizer = find_tokenizer(input_dir, args.model_size)
     if args.model_size == "tokenizer_only":
         if not args.output_dir:
@@ -97,7 +96,13 @@ def main(args):
     output_dir = user_path(named)
     shapes = tensor_shapes(config)
     specs = specs_of({name: shapes[name] for name in parts}, {name: part[0].dtype for name, part in parts.items()})
-    jobs = ((name, partial(from_meta, name, part, config)) for name, part in parts.items())
+
+    def convert(name):
+        for part, file in zip(parts[name], files, strict=True):
+            check_whole(name, part, file)
+        return from_meta(name, parts[name], config)
+
+    jobs = ((name, partial(convert, name)) for name in parts)
     stream = closing(with_byte_bar(compute_ahead(jobs, blame), specs, "转换"))
     with new_folder(output_dir, "huggingface", specs, inputs=[folder, input_dir]) as work, stream as tensors:
         sums = hash_in_background([tokenizer, *files])

@@ -33,7 +33,16 @@ from alpaca.common.errors import UserError
 from alpaca.common.paths import user_path
 from alpaca.models.adapter_files import adapter_sha256, read_adapter, weights_file
 from alpaca.models.adapters import adapter_or_old
-from alpaca.models.base_files import EMBEDDING, HEAD, dims, fits_vocabulary, is_finite, read_base, read_json
+from alpaca.models.base_files import (
+    EMBEDDING,
+    HEAD,
+    check_whole,
+    dims,
+    fits_vocabulary,
+    is_finite,
+    read_base,
+    read_json,
+)
 from alpaca.models.facts import TRAIN_ARGS, read_facts, template_of
 from alpaca.models.tokenizer import BOS, EOS, load_tokenizer, tokenizer_files
 from alpaca.scoring.calibration import CALIBRATION, read_calibration
@@ -233,7 +242,12 @@ def main(args):
         save, files = partial(save_pth, n_files=n_files), tokenizer.source
 
     specs = specs_of(shapes, {name: tensor.dtype for name, tensor in base.items()})
-    jobs = ((name, partial(add_adapters, name, weight, adapters)) for name, weight in base.items())
+
+    def merge(name):
+        check_whole(name, base[name], base_folder)
+        return add_adapters(name, base[name], adapters)
+
+    jobs = ((name, partial(merge, name)) for name in base)
 
     def blame(name):
         if not is_finite(base[name]):

@@ -1,5 +1,6 @@
 """What a file is that is no UTF-8 text, by its bytes, and what its owner can do about it."""
 
+import os
 import re
 import zipfile
 
@@ -90,7 +91,16 @@ def refuse_other_kinds(path):
 
 
 def refuse_failed_download(path):
-    """UserError for what often stands in place of a large file: a Git LFS pointer, or the page that a browser was shown."""
+    """UserError for what often stands in place of a large file: a Git LFS pointer, the page that a browser was shown, or
+    what aria2 has not finished: it gives a file its full size at once, and what has not come yet is zeros (its manual,
+    --file-allocation). Until all has come, <file>.aria2 stands beside it.
+    """
+    control = f"{path}.aria2"
+    if os.path.exists(control):
+        raise UserError(
+            f"{path}: aria2 has not finished it, for {control} is there; run aria2c -c again, or delete {control} if the "
+            "file is whole"
+        )
     with open(path, "rb") as file:
         head = file.read(HEAD)
     if head.startswith(LFS):

@@ -19,6 +19,35 @@ def hint_of_folders(path):
     return f" in {Path.cwd()} (relative paths count from there; the project is in {PROJECT}{there})"
 
 
+def no_folder(path):
+    """For the message that a path is no folder: why."""
+    if Path(path).is_file():
+        return "is a file; name the folder that it is in"
+    return f"no such folder{hint_of_folders(path)}"
+
+
+def no_file(path):
+    """For the message that a file does not exist: why. Who copies a cache's folder often copies links, not files."""
+    if Path(path).is_symlink():
+        return f"is a link to {os.readlink(path)}, which is not there"
+    return "no such file"
+
+
+def folders_with(name, folder):
+    """The folders that hold a file of this name, in `folder` and up to two levels below, sorted.
+
+    Archives unpack into a folder more, a cache keeps models in snapshots/<commit>, a Trainer in checkpoint-<step>.
+    """
+    return sorted(file.parent for depth in ("", "*/", "*/*/") for file in Path(folder).glob(depth + name))
+
+
+def hint_below(name, folder):
+    """For the message that a folder lacks a file: the folders below it that have one of this name; "" where none has."""
+    found = folders_with(name, folder)
+    more = f" and {len(found) - 1} more" if found[1:] else ""
+    return f"; {name} is in {found[0]}{more}, so name that folder" if found else ""
+
+
 def check_writable(folder, remedy="change its owner or mode, or work in another folder"):
     """UserError if files cannot be made in the folder, or it cannot be made itself; nothing is made here."""
     folder = Path(folder)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from alpaca.common.errors import UserError
+from alpaca.common.folders import hint_below, no_folder
 from alpaca.models.base_files import check_types, dims, is_finite, read_json, read_tensors
 
 # Settings of adapter_config.json that are honoured here, or that say nothing about the trained weights. Any other one
@@ -30,7 +31,6 @@ HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 NOT_TRAINED = ("original_module", "base_layer")  # the base's own tensors, as they were before training
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 
 
 class Adapter(NamedTuple):
@@ -45,12 +45,18 @@ def weights_file(folder):
     """The file of an adapter's weights; UserError where there is none."""
     folder = Path(folder)
     if not folder.is_dir():
+        remedy = "" if folder.exists() else "; download that LoRA there, or train one (README.md)"
         joined = "; several folders are joined by commas" if " " in str(folder) else ""
-        raise UserError(f"{folder}: no such folder; download that LoRA there, or train one (README.md){joined}")
+        raise UserError(f"{folder}: {no_folder(folder)}{remedy}{joined}")
     files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    file = next((file for file in files if file.is_file()), None)
+    file = next((file for file in files if file.is_file() or file.is_symlink()), None)
     if file is None and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}/adapter_config.json: no such file; --lora_model must name folders of PEFT adapters")
+        remedy = hint_below("adapter_config.json", folder) or "; --lora_model must name folders of PEFT adapters"
+        raise UserError(f"{folder}/adapter_config.json: no such file{remedy}")
+    if file is None and (folder / "adapters.safetensors").is_file():
+        raise UserError(
+            f"{folder}/adapters.safetensors: is MLX's; convert it to PEFT's format, or fuse it with mlx_lm.fuse"
+        )
     if file is None:
         raise UserError(f"{folder}: neither {files[0].name} nor {files[1].name} in it; download the adapter's weights")
     return file
@@ -124,13 +130,9 @@ def _base_name(name):
     """A tensor's name in an adapter -> (name of the base's tensor, lora_A | lora_B | saved | one of NOT_TRAINED).
 
     PEFT has written base_model.model.X.lora_A.weight and X.lora_A.default.weight, where default is the adapter's name,
-    and for modules_to_save both X.modules_to_save.default.weight and plain X.weight. Tools that save a model's
-    state_dict put module. before it (DistributedDataParallel) or other words between.
+    and for modules_to_save both X.modules_to_save.default.weight and plain X.weight.
     """
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while parts and parts[0] == "module":
-        parts = parts[1:]
-    name = ".".join(parts).removeprefix("base_model.model.")
+    name = name.removeprefix("base_model.model.")
     for kind in ("lora_A", "lora_B", "modules_to_save", *NOT_TRAINED):
         module, found, rest = name.partition(f".{kind}.")
         if found:  # rest: weight, behind the adapter's name where that was saved

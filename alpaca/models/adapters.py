@@ -4,7 +4,7 @@ from pathlib import Path
 
 from alpaca.common.console import say
 from alpaca.common.errors import UserError
-from alpaca.common.folders import hint_of_folders
+from alpaca.common.folders import hint_below, hint_of_folders, no_folder
 from alpaca.models.facts import read_facts
 
 DEFAULT_BASE = "./model_hub/chinese-alpaca-tiny"  # the trainers' default model_dir
@@ -27,10 +27,11 @@ def _adapter_folder(data_name, lora_model):
     if lora_model != "auto":
         folder = adapter_or_old(Path(lora_model).resolve())
         if folder is None:
-            inside = Path(lora_model) / "adapter_model"
-            remedy = f"name {inside}" if inside.is_dir() else "train one or name another"
-            missing = f"no adapter here (adapter_config.json is missing){hint_of_folders(lora_model)}"
-            raise UserError(f"{lora_model}: {missing}; {remedy}")
+            if Path(lora_model).is_file():
+                raise UserError(f"{lora_model}: {no_folder(lora_model)}")
+            other = f"{hint_of_folders(lora_model)}; train one or name another"
+            remedy = hint_below("adapter_config.json", lora_model) or other
+            raise UserError(f"{lora_model}: no adapter here (adapter_config.json is missing){remedy}")
         return folder
     root = Path("checkpoint") / data_name
     trained = [folder for name in TRAINERS if (folder := adapter_or_old(root / name / "adapter_model"))]

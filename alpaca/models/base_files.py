@@ -12,7 +12,7 @@ import torch
 
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import refuse_failed_download
-from alpaca.common.folders import hint_of_folders
+from alpaca.common.folders import hint_below, hint_of_folders, no_file, no_folder
 from alpaca.models.layers import check_layers, tensor_shapes
 from alpaca.models.mapped_memory import FLOATS, map_safetensors, read_only_what_is_used, read_soon
 from alpaca.models.tokenizer import how_to_get
@@ -29,6 +29,7 @@ QUANTIZED = "quantized, which is not supported; take the model that is not"
 # What a folder may hold in place of a Hugging Face model -> what is said of the first such file.
 OTHER_FILES = {
     "consolidated.*.pth": "Meta's; convert them with model_hub/convert_llama_weights_to_hf.py",
+    "consolidated*.safetensors": f"Mistral's; {OTHER_FORMAT}",
     "adapter_config.json": "a LoRA's; name its folder with --lora_model, and that of its base here",
     "*.gguf": LLAMA_CPP,
     "ggml-*.bin": LLAMA_CPP,
@@ -36,13 +37,28 @@ OTHER_FILES = {
     "*-[48]bit*": QUANTIZED,
     "model-*-of-*.safetensors": "a part, and model.safetensors.index.json is missing; download that, too",
     "pytorch_model-*-of-*.bin": "a part, and pytorch_model.bin.index.json is missing; download that, too",
+    "zero_to_fp32.py": "of a DeepSpeed checkpoint; run it there, it makes the weights",
 }
+# What it may hold in place of the weights alone.
+OTHER_WEIGHTS = OTHER_FILES | {
+    "*.safetensors": "no name that transformers loads; call it model.safetensors if it is the whole model",
+    "pytorch_model*.bin": "no name that transformers loads; call it pytorch_model.bin if it is the whole model",
+    "*.pt": f"of another tool; {OTHER_FORMAT}",
+    "*.pth": f"of another tool; {OTHER_FORMAT}",
+}
+# What tools that wrap a model put into its tensors' names (torch.compile, FSDP, DeepSpeed), and in front of them (DDP).
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+FRONT = "module"
+# Zero in a sound model: biases, and in layers that were added to one (LLaMA-Pro) what these end with.
+MAY_BE_ZERO = ("bias", "o_proj.weight", "down_proj.weight")
+LAST_NORM = "model.norm.weight"
+OF_A_DELTA = 0.05  # its mean: that of a model is about 1 or more, and what training added to it is about 0
 
 
 def read_json(path, remedy):
     """The object in a JSON file; `remedy` says how to get the file if it is missing."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; {remedy}")
+        raise UserError(f"{path}: {no_file(path)}; {remedy}")
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))  # editors of Windows write a byte order mark
     except OSError as error:
@@ -84,10 +100,25 @@ def is_finite(tensor):
     return not tensor.numel() or all(math.isfinite(number) for number in torch.aminmax(tensor))
 
 
+def check_whole(name, tensor, source):
+    """UserError where a base's tensor is all zeros, as a hole that an interrupted download has left (torrents, too), or
+    where the last norm is that of a delta: what is to be added to another model, such as Vicuna's and Ziya's first ones.
+
+    Looks at 16 rows, and at all of a tensor only if these are zero. name: Hugging Face's; source: file or folder.
+    """
+    if not name.endswith(MAY_BE_ZERO) and not tensor[:: max(1, len(tensor) // 16)].any() and not tensor.any():
+        raise UserError(f"{source}: {name} is all zeros: it was not downloaded whole; download it again")
+    if name == LAST_NORM and tensor.float().mean().abs() < OF_A_DELTA:
+        raise UserError(
+            f"{source}: {name} is about 0, so these weights are a delta, to be added to another model; apply them to it "
+            "first, as their authors say"
+        )
+
+
 def check_weights_file(path):
     """UserError for a file that is missing or cannot be read, or whose first bytes are those of something else."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; download it, every part of the model is needed")
+        raise UserError(f"{path}: {no_file(path)}; download it, every part of the model is needed")
     try:
         with path.open("rb") as file:
             head = file.read(4)
@@ -101,7 +132,7 @@ def check_weights_file(path):
 def read_tensors(path):
     """Name -> memory-mapped tensor of a .safetensors file or a PyTorch file; nothing pickled is ever run.
 
-    Tables of rotary angles are left out.
+    Tables of rotary angles are left out, and of the names what tools that wrap a model have put into them.
     """
     path = Path(path)
     check_weights_file(path)
@@ -122,14 +153,27 @@ def read_tensors(path):
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise UserError(f"{path}: holds something else than named tensors; download it again")
-    tensors = {name: tensor for name, tensor in tensors.items() if not is_table(name)}
-    for name, tensor in tensors.items():
+    read, tensors = tensors, {}
+    for original, tensor in read.items():
+        if is_table(original):
+            continue
+        name = _unwrapped(original)
+        if name in tensors:
+            raise UserError(f"{path}: holds {name} twice, the second time as {original}; which one counts is not known")
+        tensors[name] = tensor
         if tensor.dtype not in FLOATS.values() or tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(
                 f"{path}: {name} is of type {tensor.dtype}; only float16, bfloat16 and float32 can be read, so take "
                 "the model that is not quantized"
             )
     return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def _unwrapped(name):
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while parts[1:] and parts[0] == FRONT:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def _check_pickle(path):
@@ -162,10 +206,18 @@ def read_config(folder):
     """config.json of a Hugging Face folder, checked; UserError for a folder that is none, or that cannot be used."""
     folder = Path(folder)
     path = folder / "config.json"
-    if not path.is_file():
-        remedy = _other_files(folder) or f"{hint_of_folders(folder)}; {how_to_get(folder)}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: {no_folder(folder)}")
+    if not path.is_file() and not path.is_symlink():
+        remedy = (
+            _other_files(folder) or hint_below(path.name, folder) or f"{hint_of_folders(folder)}; {how_to_get(folder)}"
+        )
         raise UserError(f"{folder}: no model here (config.json is missing){remedy}")
     config = read_json(path, how_to_get(folder))
+    if "hidden_size" not in config and (
+        others := _other_files(folder)
+    ):  # beside GGUF files there are ones that say nothing
+        raise UserError(f"{folder}: no model here (config.json does not describe one){others}")
     check_layers(config, folder)
     if config.get("quantization_config") or (folder / "quantize_config.json").is_file():
         raise UserError(f"{folder}: its weights are {QUANTIZED}")
@@ -180,7 +232,7 @@ def weight_files(folder):
     folder = Path(folder)
     for kind in ("model.safetensors", "pytorch_model.bin"):
         files, index = [folder / kind], folder / f"{kind}.index.json"
-        if not files[0].is_file():
+        if not files[0].is_file() and not files[0].is_symlink():
             if not index.is_file():
                 continue
             names = read_json(index, "download it again").get("weight_map")
@@ -190,13 +242,13 @@ def weight_files(folder):
         for file in files:
             check_weights_file(file)
         return files
-    remedy = _other_files(folder) or f"; {how_to_get(folder)}"
+    remedy = _other_files(folder, OTHER_WEIGHTS) or f"; {how_to_get(folder)}"
     raise UserError(f"{folder}: no weights here (model.safetensors is missing){remedy}")
 
 
-def _other_files(folder):
+def _other_files(folder, known=OTHER_FILES):
     """What a folder holds instead, for an error message; "" where it is nothing known."""
-    for pattern, text in OTHER_FILES.items():
+    for pattern, text in known.items():
         for file in sorted(folder.glob(pattern)):
             return f"; {file.name} is {text}"
     return ""
@@ -205,7 +257,13 @@ def _other_files(folder):
 def mapped_tensors(folder):
     """Yield (name, tensor) of each tensor of a folder, file by file; only those bytes are read that are looked at."""
     for file in weight_files(folder):
-        yield from sorted(read_tensors(file).items())
+        tensors = read_tensors(file)
+        if factor := next((name for name in tensors if ".lora_" in name), None):
+            raise UserError(
+                f"{file}: holds a LoRA beside the model ({factor}), not merged into it; save what PEFT's merge_and_unload() "
+                "returns, or name base and LoRA apart"
+            )
+        yield from sorted(tensors.items())
 
 
 def tensors_sha256(model_dir):
@@ -233,13 +291,10 @@ def _tensor_sha256(named):
 def read_base(folder):
     """(config, {name: tensor}, files of weights) of a Hugging Face folder, every tensor checked."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder{hint_of_folders(folder)}; {how_to_get(folder)}")
+    if not folder.exists():
+        raise UserError(f"{folder}: {no_folder(folder)}; {how_to_get(folder)}")
     config, files = read_config(folder), weight_files(folder)
-    kind = config["model_type"]
-    tensors = {}
-    for file in files:
-        tensors |= read_tensors(file)
+    kind, tensors = config["model_type"], dict(mapped_tensors(folder))
     if config.get("tie_word_embeddings") and EMBEDDING in tensors:  # one matrix for both, which a merge may part
         check_tied(tensors.setdefault(HEAD, tensors[EMBEDDING]), tensors[EMBEDDING], folder)
         config["tie_word_embeddings"] = False

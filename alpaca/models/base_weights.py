@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from alpaca.common.console import progress, say
 from alpaca.common.errors import UserError
-from alpaca.models.base_files import EMBEDDING, HEAD, check_tied, dims, mapped_tensors, read_config
+from alpaca.models.base_files import EMBEDDING, HEAD, check_tied, check_whole, dims, mapped_tensors, read_config
 from alpaca.models.layers import meta_model
 from alpaca.models.mapped_memory import forget
 from alpaca.models.quantized import FP8_MULTIPLE, Fp8Linear, Nf4Linear
@@ -80,7 +80,8 @@ def load_base(model_dir, dtype, device, base_weights="full"):
     _check_others(sorted(tensors.keys() - shapes.keys()), model_dir)
     places = places_on(device, model, base_weights)
     for name in progress(shapes, desc="加载模型", unit="个"):
-        put_weight(model, name, tensor := tensors.pop(name), base_weights, dtype, place_of(places, name))
+        check_whole(name, tensor := tensors.pop(name), model_dir)
+        put_weight(model, name, tensor, base_weights, dtype, place_of(places, name))
         forget(tensor)
     return complete(model, place_of(places, EMBEDDING))
 

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from alpaca.common.errors import UserError
+from alpaca.common.folders import folders_with
 from alpaca.models.base_files import (
     EMBEDDING,
     HEAD,
@@ -16,12 +17,14 @@ from alpaca.models.base_files import (
 from alpaca.models.layers import tensor_shapes
 from alpaca.weights.llama_layout import CUT_BY_COLUMNS, config_of, meta_names
 
+FIRST_MATRIX = "model.layers.0.self_attn.q_proj.weight"
+
 
 def read_meta(folder, max_position_embeddings=2048):
     """(config, {Hugging Face's name: its part in each file}, files) of Meta's layout, every tensor checked."""
     folder = Path(folder)
-    params = _read_params(folder / "params.json")
     files = _consolidated(folder)
+    params = _read_params(folder / "params.json")
     shards = [read_tensors(file) for file in files]
 
     names, shapes = meta_names(params["n_layers"]), {}
@@ -53,12 +56,19 @@ def read_meta(folder, max_position_embeddings=2048):
                 f"{folder}: {names[name]} is {dims(shapes[name])} in {len(shards)} file(s), but params.json and the "
                 f"other tensors make it {dims(shape)}; is a consolidated file missing, or params.json of another model?"
             )
+    _check_different(files, [shard[names[FIRST_MATRIX]] for shard in shards])
     return config, {name: [shard[meta] for shard in shards] for name, meta in names.items()}, files
 
 
 def _consolidated(folder):
     """consolidated.00.pth, .01, …; UserError for one of another name, as browsers give to a second download."""
     names = sorted(file.name for file in folder.glob("consolidated*.pth"))
+    if not names and (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: is in Hugging Face's format already; name it as it is, with --base_model or --model_dir"
+        )
+    for file in () if names else folder.glob("consolidated*.safetensors"):
+        raise UserError(f"{file}: is Mistral's; take config.json and model*.safetensors, which need no converting")
     for name in names:
         if not re.fullmatch(r"consolidated\.\d\d\.pth", name):
             raise UserError(
@@ -66,6 +76,32 @@ def _consolidated(folder):
                 "files, else move it away"
             )
     return [folder / f"consolidated.{i:02d}.pth" for i in range(max(len(names), 1))]
+
+
+def _check_different(files, parts):
+    """UserError where two files are one, downloaded twice: their parts of a matrix begin with the same row."""
+    first = {}
+    for file, part in zip(files, parts, strict=True):
+        row = part[0].float().numpy().tobytes()
+        if row in first:
+            raise UserError(f"{file}: holds the same numbers as {first[row]}; download it again")
+        first[row] = file
+
+
+def meta_folder(input_dir, model_size):
+    """The folder of Meta's weights; UserError, which says where they seem to be, where it is none or has no params.json."""
+    folder = input_dir / model_size
+    if (folder / "params.json").exists() or (folder / "config.json").is_file():
+        return folder
+    found = folders_with("params.json", folder if folder.is_dir() else input_dir)
+    if found:
+        there = found[0].resolve()
+        remedy = f"params.json is in {there}: give --input_dir={there.parent} --model_size={there.name}"
+    elif folder.is_dir():
+        return folder
+    else:
+        remedy = "put Meta's consolidated.*.pth and params.json there"
+    raise UserError(f"{folder}: no {'params.json here' if folder.is_dir() else 'such folder'}; {remedy}")
 
 
 def _read_params(path):

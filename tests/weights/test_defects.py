@@ -264,6 +264,33 @@ def metas(folder):
     (folder / "config.json").unlink()
 
 
+def described_nowhere(folder):
+    """As the folders of GGUF files on huggingface.co: config.json is there, and says nothing."""
+    only("llama-7b.Q4_K_M.gguf")(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+
+
+def in_a_cache(folder):
+    """The folder of a cache, models--<owner>--<name>, in place of its snapshots/<commit>."""
+    snapshot = folder / "snapshots" / "4782ad27"
+    snapshot.mkdir(parents=True)
+    for file in [file for file in folder.iterdir() if file.is_file()]:
+        file.rename(snapshot / file.name)
+
+
+def copied_links(folder):
+    """What cp -r makes of a cache's snapshot."""
+    only("tokenizer_config.json", "{}")(folder)
+    (folder / "model.safetensors").symlink_to("../../blobs/1f2e")
+
+
+def with_a_lora_inside(folder):
+    """Saved from a PeftModel that was not merged, as model.save_pretrained() under DeepSpeed and others do."""
+    tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(8, 64)}
+    for file in folder.glob("*.bin"):
+        torch.save(tensors, file)
+
+
 def of_gpt(folder):
     edit(folder / "config.json", model_type="gpt2")
 
@@ -285,6 +312,17 @@ def quantized(folder):
         (only("model.safetensors", LFS), "model.safetensors: is a Git LFS pointer, not the file; fetch the file"),
         (only("model.safetensors", "<html>"), "model.safetensors: is an HTML page"),
         (only("adapter_config.json"), "adapter_config.json is a LoRA's; name its folder with --lora_model"),
+        (only("consolidated.safetensors"), "consolidated.safetensors is Mistral's; take the model in Hugging Face's"),
+        (only("model (1).safetensors"), "model (1).safetensors is no name that transformers loads; call it model.safe"),
+        (
+            only("pytorch_model_fsdp.bin"),
+            "pytorch_model_fsdp.bin is no name that transformers loads; call it pytorch_m",
+        ),
+        (only("zero_to_fp32.py"), "zero_to_fp32.py is of a DeepSpeed checkpoint; run it there, it makes the weights"),
+        (only("lit_model.pth"), "lit_model.pth is of another tool; take the model in Hugging Face's format"),
+        (described_nowhere, "llama-7b.Q4_K_M.gguf is llama.cpp's, which is not supported"),
+        (in_a_cache, "config.json is in {folder}/snapshots/4782ad27, so name that folder"),
+        (copied_links, "model.safetensors: is a link to ../../blobs/1f2e, which is not there; download it"),
         (metas, "(config.json is missing); consolidated.00.pth is Meta's; convert them with"),
         (of_gpt, "config.json: \"model_type\" is 'gpt2'; only llama, mistral, qwen2, qwen3 can be used"),
         (quantized, "its weights are quantized, which is not supported; take the model that is not"),
@@ -298,7 +336,7 @@ def test_what_is_no_base_is_named_alike_by_all(base, change, message):
             command(base.folder)
         lines.add(str(error.value))
     [line] = lines
-    assert message in line
+    assert message.format(folder=base.folder) in line
 
 
 def test_torchs_advice_to_run_a_files_code_is_never_given(base):
@@ -306,6 +344,15 @@ def test_torchs_advice_to_run_a_files_code_is_never_given(base):
     torch.save({"model": argparse.Namespace()}, first)
     for command in (read_base, lambda folder: load_base(folder, torch.float32, "cpu")):
         with pytest.raises(UserError, match="damaged, or no file of weights .it holds other things than tensors.;"):
+            command(base.folder)
+
+
+def test_a_base_that_holds_a_lora_is_named(base):
+    with_a_lora_inside(base.folder)
+    for command in (read_base, lambda folder: load_base(folder, torch.float32, "cpu")):
+        with pytest.raises(
+            UserError, match=r"holds a LoRA beside the model \(.*lora_A.default.weight\), not merged into it"
+        ):
             command(base.folder)
 
 
