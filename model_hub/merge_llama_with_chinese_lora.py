@@ -19,6 +19,7 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: huge pages for large tensors, which come 3 times as fast
@@ -84,7 +85,7 @@ def check_chain(base_folder, base, adapters):
     previous, embedding = base_folder, base[EMBEDDING]  # what the next adapter is merged into
     for adapter in adapters:
         check_new(adapter, embedding, previous)
-        embedding = adapter.saved.get(EMBEDDING, embedding)
+        rows, embedding = len(embedding), adapter.saved.get(EMBEDDING, embedding)
         check_shapes(adapter, shapes, previous)
         shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.saved.items()}
         if shapes[EMBEDDING] != shapes[HEAD]:
@@ -93,6 +94,9 @@ def check_chain(base_folder, base, adapters):
                 "this adapter; both must be in its modules_to_save"
             )
         tokenizer = adapter.tokenizer or tokenizer
+        # transformers writes tokenizer.json alone; it says something new only where the adapter brings other pieces
+        if adapter.tokenizer is None and len(embedding) != rows and (adapter.folder / "tokenizer.json").is_file():
+            tokenizer = adapter.folder
         check_vocabulary(adapter, shapes[EMBEDDING][0], tokenizer)
         previous = adapter.folder
     if tokenizer is None:
@@ -157,13 +161,14 @@ def check_shapes(adapter, shapes, previous):
 def check_vocabulary(adapter, rows, tokenizer):
     """After this adapter the model has `rows` embeddings and this tokenizer: both must be of one vocabulary."""
     if tokenizer is not None and (adapter.saved.keys() & {EMBEDDING, HEAD} or adapter.tokenizer):
-        pieces = len(load_tokenizer(tokenizer, "alpaca"))
+        own = load_tokenizer(tokenizer, "alpaca")
+        pieces, file = len(own), own.source.name
         padded = rows % 8 == 0 and fits_vocabulary(pieces, rows)  # rows without a piece make matrices of round sizes
         if pieces != rows and not padded and rows not in added_rows(tokenizer):
-            source = "" if adapter.tokenizer else f" (the adapter has none, so that of {tokenizer} was taken)"
+            source = "" if tokenizer == adapter.folder else f" (the adapter has none, so that of {tokenizer} was taken)"
             raise UserError(
                 f"{adapter.folder}: with this adapter the model has embeddings for {rows} pieces, but its "
-                f"tokenizer.model has {pieces}{source}; put the tokenizer.model that came with this adapter there"
+                f"{file} has {pieces}{source}; put the {file} that came with this adapter there"
                 + explain_sizes(rows, pieces)
             )
     _, facts = read_facts(adapter.folder)
@@ -182,13 +187,23 @@ def added_rows(folder):
     return {row + 1 for row in rows if type(row) is int}
 
 
-def check_twice(files, sums):
-    """UserError where two adapters are one, by the sums of their weights."""
-    first = {}
-    for file in files:
-        other = first.setdefault(sums[file].result(), file)
-        if other is not file:
-            raise UserError(f"--lora_model: {file.parent} is the same LoRA as {other.parent}; name it once")
+def check_twice(adapters):
+    """UserError where two adapters are one, by what they hold: the same folder, a copy, or another format of it."""
+    for other, adapter in combinations(adapters, 2):
+        if same_tensors(adapter.lora, other.lora) and same_tensors(adapter.saved, other.saved):
+            raise UserError(f"--lora_model: {adapter.folder} is the same LoRA as {other.folder}; name it once")
+
+
+def same_tensors(one, other):
+    """Whether two of an Adapter's dicts hold the same numbers, whatever their number format."""
+    if one.keys() != other.keys():
+        return False
+    pairs = ((a, b) for name in one for a, b in zip(_tensors(one[name]), _tensors(other[name]), strict=True))
+    return all(a.shape == b.shape and torch.equal(a.float(), b.float()) for a, b in pairs)
+
+
+def _tensors(value):
+    return [value] if isinstance(value, torch.Tensor) else value[:2]  # lora_A, lora_B
 
 
 def check_published(base_rows, names, adapters):
@@ -221,7 +236,7 @@ def main(args):
         raise UserError(f"--lora_model={args.lora_model}: names no folder; e.g. --lora_model=./lora-1,./lora-2")
     sums = hash_in_background([*lora_files, *base_files])
     adapters = [read_adapter(file.parent) for file in lora_files]
-    check_twice(lora_files, sums)
+    check_twice(adapters)
     shapes, tokenizer = check_chain(base_folder, base, adapters)
     names = [PUBLISHED.get(sums[file].result()) for file in lora_files]
     check_published(len(base[EMBEDDING]), names, adapters)

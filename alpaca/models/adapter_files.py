@@ -15,7 +15,7 @@ import torch
 
 from alpaca.common.errors import UserError
 from alpaca.common.folders import hint_below, no_folder
-from alpaca.models.base_files import check_types, dims, is_finite, read_json, read_tensors
+from alpaca.models.base_files import check_types, check_whole, dims, is_finite, read_json, read_tensors
 
 # Settings of adapter_config.json that are honoured here, or that say nothing about the trained weights. Any other one
 # must be off: a kind of LoRA that is not known here must not be merged as if it were the plain kind. fan_in_fan_out is
@@ -102,6 +102,8 @@ def read_adapter(folder):
             f"{file}: an empty adapter ({file.stat().st_size} bytes), nothing to merge; download it again or train it "
             "again"
         )
+    for name, tensor in saved.items():
+        check_whole(name, tensor, file)
     for module in config.get("modules_to_save") or []:
         if not any(f".{module}." in f".{name}" for name in saved):
             raise UserError(f"{file}: adapter_config.json lists {module} in modules_to_save, but it is not in the file")

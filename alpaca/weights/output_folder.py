@@ -45,7 +45,8 @@ def new_folder(path, kind, specs, inputs):
             raise UserError(f"--output_dir={path} would overwrite {source}, which is read; name another folder")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output_dir={path} is a file; name a folder")
-    check_writable(work, "name another folder")
+    for folder in (work, path):  # where there is an older model, its folder may be more guarded than the one it is in
+        check_writable(folder, "name another folder")
     size, free = _check_room(work, path, specs)
     with locked(path / path.name if mounted else path):
         print(f"将写入 {path}：{kind}，{size / 1e9:.2f} GB（磁盘剩余 {free / 1e9:.2f} GB）", flush=True)

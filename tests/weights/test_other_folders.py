@@ -6,7 +6,10 @@ links); huggingface/transformers issue 8497 (what stands in place of weights); m
 ymcui/Chinese-LLaMA-Alpaca-2's 16K models and mistralai's consolidated.safetensors, as their pages on huggingface.co list them.
 """
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from alpaca.models.adapter_files import read_adapter
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base_files import read_base
 from alpaca.models.base_weights import load_base
-from specimens import merged
+from alpaca.models.tokenizer import load_tokenizer
+from specimens import BASE, EMBEDDING, HEAD, merged
 from test_defects import last_line
 from test_specimens import converted, merge_onto, refused
 
@@ -175,3 +179,51 @@ def test_where_metas_weights_are_and_what_is_none_of_metas(base, tmp_path, capsy
     (llama.folder / "consolidated.00.pth").rename(llama.folder / "consolidated.safetensors")
     line = refused(capsys, converted, llama, tmp_path / "out")
     assert f"{llama.folder}/consolidated.safetensors: is Mistral's; take config.json and model*.safetensors" in line
+
+
+def test_a_lora_whose_vocabulary_is_a_tokenizer_json(base, tmp_path, capsys):
+    """transformers 5 writes no tokenizer.model beside a LoRA: one that was trained with a pad token of its own."""
+    added = lora.alpaca_lora(tmp_path / "lora")
+    file = added.folder / "adapter_model.bin"
+    saved = {name: torch.cat([base.weights[name], torch.full((1, 64), 0.5).half()]) for name in (EMBEDDING, HEAD)}
+    torch.save(torch.load(file) | {f"base_model.model.{name}": tensor for name, tensor in saved.items()}, file)
+    line = refused(capsys, merge_onto, base.folder, [added], tmp_path / "out")
+    assert f"{added.folder}: with this adapter the model has embeddings for {BASE + 1} pieces, but its" in line
+    hf.long_tokenizer(added.folder, "base")
+    settings = json.loads((added.folder / "tokenizer.json").read_text())
+    token = {"id": BASE, "content": "[PAD]", "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    settings["added_tokens"].append({**token, "single_word": False})
+    (added.folder / "tokenizer.json").write_text(json.dumps(settings))
+    (added.folder / "tokenizer.model").unlink(missing_ok=True)
+    out = merge_onto(base.folder, [added], tmp_path / "out")
+    ours, expected = load_file(out / "model.safetensors"), merged(base.weights, added) | saved
+    assert all(torch.allclose(ours[name], tensor, rtol=2**-9, atol=2**-12) for name, tensor in expected.items())
+    assert len(load_tokenizer(out, "alpaca")) == BASE + 1 and not (out / "tokenizer.model").exists()
+
+
+def test_one_lora_in_two_formats_is_named_once(base, tmp_path, capsys):
+    added, other = lora.alpaca_lora(tmp_path / "lora"), tmp_path / "safetensors"
+    shutil.copytree(added.folder, other)
+    save_file(
+        {name: t.float() for name, t in torch.load(other / "adapter_model.bin").items()},
+        other / "adapter_model.safetensors",
+    )
+    line = refused(capsys, merge_onto, base.folder, [added, added._replace(folder=other)], tmp_path / "out")
+    assert f"--lora_model: {other} is the same LoRA as {added.folder}; name it once" in line
+
+
+def test_a_hole_in_the_embeddings_that_a_lora_brings(tmp_path):
+    """They are most of the published LoRAs' files."""
+    added = lora.chinese_llama(tmp_path / "lora")
+    file, name = added.folder / "adapter_model.bin", f"base_model.model.{HEAD}"
+    tensors = torch.load(file)
+    torch.save(tensors | {name: torch.zeros_like(tensors[name])}, file)
+    with pytest.raises(UserError, match=f"adapter_model.bin: {HEAD} is all zeros: it was not downloaded whole"):
+        read_adapter(added.folder)
+
+
+def test_an_older_folder_that_may_not_be_written_is_found_before_merging(base, tmp_path, capsys, monkeypatch):
+    (out := tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != out)  # root may write anywhere
+    line = refused(capsys, merge_onto, base.folder, [lora.alpaca_lora(tmp_path / "lora")], out)
+    assert f"{out}: no right to write there; name another folder" in line and not list(out.iterdir())
