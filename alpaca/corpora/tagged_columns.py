@@ -41,9 +41,15 @@ def split_columns(line):
     """A line -> Columns; None where its last column is no tag, or a token holds a blank and more.
 
     Only blanks and tabs part columns: a full-width blank or a no-break space may be a token. Where nothing but blanks
-    stands before the tag, the first of them is the token; one that is lost was a blank.
+    stands before the tag, the first of them is the token; one that is lost was a blank. A type may hold blanks where
+    nothing but tabs parts the columns: 梁<tab>B-Person Name.
     """
     line = line.rstrip()
+    *before, tag = line.split("\t")
+    if before and " " in tag and TAG.fullmatch(tag):
+        token, *between = before
+        if re.fullmatch(r"\S+|\s?", token) and not re.search(r"\s", "".join(between)):
+            return Columns(token or " ", tag, 2 + sum(map(bool, between)))
     fields = re.findall(r"[^ \t]+", line)
     if not fields or not TAG.fullmatch(fields[-1]):
         return None
@@ -133,6 +139,8 @@ def read_tagged_sentences(path, problems):
                 f"{path}:{number}: {columns.count} columns, but the lines before have {count}: {line!r}; correct the line"
             )
         token = columns.token
+        if token == " " and len(line.rstrip()) < len(columns.tag) + 2:
+            problems.add("lost_token", path, number, repr(line))
         if numbered:
             found = without_number(token, before)
             if not found:
