@@ -1,9 +1,14 @@
 """The entity types of a corpus: the tag it writes and the name an answer gives."""
 
+import re
+import shlex
+
 from alpaca.common.errors import UserError
+from alpaca.common.options import value_of
 from dataset import unusable_label
 
 DEFAULT_LABELS = ["PER:人名", "LOC:地名", "ORG:机构名"]  # the demo corpus and MSRA
+SHELL_SAFE = re.compile(r"[\w:,.@%+=/-]+")  # what no shell takes for more than a character
 
 
 def read_labels(labels):
@@ -25,6 +30,14 @@ def read_labels(labels):
     return names
 
 
+def can_be_named(tag):
+    """Whether the option --labels can hold a type as the corpus writes it: without a comma, a full-width colon, …"""
+    try:
+        return read_labels(value_of(f"{tag}:x", "list of str")) == {tag: "x"}
+    except (UserError, ValueError):
+        return False
+
+
 def refuse_unknown_types(labels, unknown, used):
     """UserError that names every entity type without a name, with the option to copy.
 
@@ -33,12 +46,12 @@ def refuse_unknown_types(labels, unknown, used):
     if not unknown:
         return
     for tag, place in unknown.items():
-        if "," in tag or tag != tag.strip() or not tag:
+        if not can_be_named(tag):
             raise UserError(f"{place}: --labels cannot name the entity type {tag!r}; rename it in the corpus")
     places = ", ".join(f"{tag!r} ({place})" for tag, place in unknown.items())
     known = [f"{tag}:{name or ''}" for tag, name in labels.items() if tag in used]
-    option = ",".join([*known, *(f"{tag}:{tag.replace('_', '-')}" for tag in unknown)])
+    option = "--labels=" + ",".join([*known, *(f"{tag}:{tag.replace('_', '-').replace(':', '-')}" for tag in unknown)])
     raise UserError(
         f"unknown entity types, each with its first place: {places}; name them, or leave one out with an empty name "
-        f"as in {next(iter(unknown))}: --labels={option}"
+        f"as in {next(iter(unknown))}: {option if SHELL_SAFE.fullmatch(option) else shlex.quote(option)}"
     )
