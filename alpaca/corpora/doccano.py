@@ -4,8 +4,9 @@
     {"id": 1, "text": "…", "entities": [{"id": 1, "label": "PER", "start_offset": 4, "end_offset": 7}],
      "relations": [{"id": 1, "from_id": 1, "to_id": 2, "type": "…"}], "Comments": []}      where relations are on
 
-The ends are exclusive. Projects of older versions write `labels`; intent detection writes `entities` as triples and
-`cats`. Source: backend/data_export of the doccano repository, read on 2026-11-27.
+The ends are exclusive. Projects of older versions write `labels`, some of 2021 the text as `data`; intent detection
+writes `entities` as triples and `cats`. Source: backend/data_export of the doccano repository, read on 2026-11-27, and
+its issue 1522.
 """
 
 from alpaca.common.errors import UserError
@@ -24,8 +25,14 @@ def _is_record(record):
         return True
     spans = [span for key in KEYS for span in _listed(record, key)]
     if not spans:
-        return "text" in record and (record.get("label") == [] or "relations" in record and "entities" in record)
+        return _text_key(record) in record and (
+            record.get("label") == [] or "relations" in record and "entities" in record
+        )
     return all(isinstance(s, list) and len(s) == 3 or isinstance(s, dict) and "start_offset" in s for s in spans)
+
+
+def _text_key(record):
+    return "data" if "data" in record and "text" not in record else "text"
 
 
 def _listed(record, key):
@@ -40,7 +47,7 @@ def read_doccano(path, problems):
 def _sentence(path, line, record, problems):
     if "annotations" in record:
         raise UserError(f"{path}:{line}: the labels are numbers; let doccano export JSONL with text labels")
-    text = checked_text(path, line, record["text"])
+    text = checked_text(path, line, record[_text_key(record)])
     marks = []
     for span in marked_spans(path, line, record, KEYS):
         if isinstance(span, dict):
