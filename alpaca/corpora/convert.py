@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from alpaca.common.errors import UserError
 from alpaca.corpora.formats import read_corpus
-from alpaca.corpora.offsets import other_counts, refuse_misfits, stands_at
+from alpaca.corpora.offsets import in_characters, other_counts, refuse_misfits, stands_at
 from dataset import format_answer
 
 INVISIBLE = re.compile(
@@ -55,6 +55,18 @@ def example_of_sentence(sentence, path, task, problems):
     }
 
 
+def with_characters(sentence, path, problems):
+    """The Sentence with those of its offsets that count UTF-16 units converted, and counted."""
+    marks = []
+    for mark in sentence.marks:
+        fits = stands_at(sentence.text, mark.begin, mark.end, mark.entity)
+        converted = None if fits else in_characters(sentence.text, mark)
+        if converted:
+            problems.add("utf16", path, mark.line, f"{mark.entity!r} [{mark.begin}, {mark.end})")
+        marks.append(converted or mark)
+    return sentence._replace(marks=marks)
+
+
 def convert(path, form, task, problems, ends="exclusive"):
     """A corpus -> list of examples, in the order of the file.
 
@@ -65,6 +77,7 @@ def convert(path, form, task, problems, ends="exclusive"):
     examples, marks, misfits = [], 0, []
     for sentence in tqdm(sentences, desc=str(path), unit=" 句", delay=1, disable=None):
         if sentence.text.strip():
+            sentence = with_characters(sentence, sentence.path or path, problems)
             marks += len(sentence.marks)
             misfits += [
                 (sentence.text, m) for m in sentence.marks if not stands_at(sentence.text, m.begin, m.end, m.entity)

@@ -74,19 +74,11 @@ def _marks(path, line, text, result, problems):
 
 
 def _marks_of_region(path, line, text, value, problems):
-    """The marks of one region: one a label, with offsets in characters whatever they were counted in."""
-    begin, end, entity = value["start"], value["end"], value.get("text")
+    """The marks of one region: one a label."""
     if not value["labels"]:
         problems.add("region", path, line, str(value)[:60])
-    mark = checked_mark(path, line, text, begin, end, "", entity)
-    if text[max(begin, 0) : max(end, 0)] != mark.entity:
-        units = text.encode("utf-16-le")
-        found = [units[: 2 * max(place, 0)].decode("utf-16-le", "ignore") for place in (begin, end)]
-        if found[1][len(found[0]) :] == entity:
-            problems.add("utf16", path, line, f"{entity!r} [{begin}, {end})")
-            begin, end = map(len, found)
     for tag in value["labels"]:
-        yield checked_mark(path, line, text, begin, end, tag, entity)
+        yield checked_mark(path, line, text, value["start"], value["end"], tag, value.get("text"))
 
 
 def _text(path, line, data, others):

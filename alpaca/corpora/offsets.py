@@ -6,24 +6,40 @@ FEWEST, SHARE = 5, 0.5  # of so many entities, such a share in the wrong place i
 # How else offsets are counted -> (what to say, the part of the text that they mean then); of two ways that fit equally
 # often the first: those that differ in few texts only before the one that differs in all.
 OTHER_COUNTS = {
-    "end + 1": ("end is the last character; read them with --ends=inclusive", lambda t, b, e: t[b : e + 1]),
+    "end + 1": (
+        "end is the last character; read an entity_list with --ends=inclusive, elsewhere add 1 to each end",
+        lambda t, b, e: t[b : e + 1],
+    ),
     "begin - 1": (
         "they count from 1, end is the last character; subtract 1 from each begin",
         lambda t, b, e: t[b - 1 : e],
     ),
     "UTF-8 bytes": ("they count bytes; count characters", lambda t, b, e: t.encode()[b:e].decode(errors="replace")),
-    "UTF-16 units": (
-        "they count an emoji as two; count characters",
-        lambda t, b, e: t.encode("utf-16-le")[2 * b : 2 * e].decode("utf-16-le", errors="replace"),
-    ),
     "CRLF": ("they count a line end as two; count characters", lambda t, b, e: t.replace("\n", "\r\n")[b:e]),
     "both - 1": ("they count from 1; subtract 1 from both", lambda t, b, e: t[b - 1 : e - 1]),
+    "end - 1": (
+        "end is the character behind already; leave out --ends=inclusive, or subtract 1 from each end",
+        lambda t, b, e: t[b : e - 1],
+    ),
 }
 
 
 def stands_at(text, begin, end, entity):
     """Whether the entity is the characters [begin, end) of the text."""
     return 0 <= begin < end <= len(text) and text[begin:end] == entity
+
+
+def in_characters(text, mark):
+    """A Mark whose offsets count UTF-16 units, as JavaScript does (an emoji is two) -> the same in characters.
+
+    None for a mark that is nowhere then.
+    """
+    units, entity = text.encode("utf-16-le"), mark.entity.encode("utf-16-le", "surrogatepass")
+    if not 0 <= mark.begin < mark.end <= len(units) // 2 or units[2 * mark.begin : 2 * mark.end] != entity:
+        return None
+    begin = len(units[: 2 * mark.begin].decode("utf-16-le", "ignore"))
+    end = begin + len(mark.entity)
+    return mark._replace(begin=begin, end=end) if stands_at(text, begin, end, mark.entity) else None
 
 
 def other_counts(text, begin, end, entity):

@@ -95,6 +95,11 @@ CASES = {  # name of the file: (format, content, sentences)
         [("下雪了。", []), (TEXT, [PERSON, LIBRARY])],
     ),
     "doccano_old.jsonl": ("doccano", '{"text": "TEXT", "labels": [[4, 7, "PER"]], "meta": {}}\n', ONE),
+    "doccano_2021.jsonl": (
+        "doccano",
+        '{"id": 1, "data": "雪", "label": []}\n{"id": 2, "data": "TEXT", "label": [[4, 7, "PER"]]}\n',
+        [("雪", []), *ONE],
+    ),
     "doccano_intents.jsonl": ("doccano", '{"text": "TEXT", "entities": [[4, 7, "PER"]], "cats": []}\n', ONE),
     "label_studio.conll": (
         "conll",

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shlex
 import zipfile
 from pathlib import Path
 
@@ -53,10 +54,12 @@ def test_any_run_of_blanks_and_tabs_parts_the_columns(convert, between, end):
 
 
 @pytest.mark.parametrize("blank", [" \tO", "  O", " O", "\tO", "　\tO", "　 O", "\u00a0\tO", "\u2028\tO"])
-def test_a_token_may_be_a_blank(convert, blank):
+def test_a_token_may_be_a_blank(convert, capsys, blank):
     (example,) = convert(f"梁\tB-PER\n{blank}\n来\tO\n")
     lost = " " if blank in (" O", "\tO") else blank[0]
     assert (example["text"], example["answer"]) == (f"梁{lost}来", "梁_人名")
+    remark = "没有字的行（当作空格） 1"
+    assert (remark in capsys.readouterr().out) == (blank in (" O", "\tO"))
 
 
 def test_headings_comments_and_more_columns_are_counted(convert, capsys):
@@ -177,14 +180,28 @@ def inclusive_dev():
         ("去梁雨家", 2, 4, "both - 1: they count from 1"),
         ("去梁雨家", 2, 3, "begin - 1: they count from 1"),
         ("去梁雨家", 3, 9, "UTF-8 bytes: they count bytes"),
-        ("😀梁雨家", 2, 4, "UTF-16 units: they count an emoji as two"),
-        ("😀😀梁雨家", 4, 6, "UTF-16 units: they count an emoji as two"),
         ("在\n\n梁雨家", 5, 7, "CRLF: they count a line end as two"),
         ("去梁雨家", 0, 2, "are the offsets those of another version of the text?"),
     ],
 )
 def test_other_ways_to_count_are_named(convert, capsys, text, begin, end, cause):
     assert cause in refused(convert, capsys, "\n".join([spans(text, (begin, end, "梁雨"))] * 5))
+
+
+def test_ends_that_are_exclusive_and_are_read_as_inclusive(convert, capsys):
+    error = refused(convert, capsys, "\n".join([spans("去梁雨家", (1, 3, "梁雨"))] * 5), "--ends=inclusive")
+    assert "fit with end - 1: end is the character behind already; leave out --ends=inclusive" in error
+    cluener = json.dumps({"text": "去梁雨家", "label": {"PER": {"梁雨": [[1, 3]]}}}, ensure_ascii=False)
+    assert "subtract 1 from each end" in refused(convert, capsys, "\n".join([cluener] * 5))
+
+
+def test_offsets_in_utf_16_are_converted_and_counted(convert, capsys):
+    lines = [spans("😀😀梁雨和秦若兰", (4, 6, "梁雨"), (7, 10, "秦若兰")), spans("梁雨来", (0, 2, "梁雨"))]
+    examples = convert("\n".join(lines))
+    assert [(e["entity"], e["begin"], e["end"]) for e in examples[0]["entities"]] == [("梁雨", 2, 4), ("秦若兰", 5, 8)]
+    out, err = capsys.readouterr()
+    assert "与文本不符的实体（已从答案去掉） 0" in out and "下标按 UTF-16 数的实体（已换算） 2" in out
+    assert "train.txt:1: 下标按 UTF-16 数的实体（已换算）：'梁雨' [4, 6)" in err
 
 
 def test_a_few_misfits_are_counted_and_three_shown(convert, capsys):
@@ -221,9 +238,22 @@ def test_types_may_be_left_out(convert, capsys):
 def test_types_with_a_colon_can_be_named_those_with_a_comma_not(convert, capsys):
     assert convert("梁\tB-A:x\n", "--labels=A:x:人名,LOC:地名")[0]["answer"] == "梁_人名"
     capsys.readouterr()
+    for tag in ("A,x", "A：x", "“A”"):
+        with pytest.raises(SystemExit, match="2"):
+            convert(f"梁\tB-{tag}\n")
+        assert f"train.txt:1: --labels cannot name the entity type {tag!r}; rename it" in capsys.readouterr().err
+
+
+def test_the_option_to_copy_is_one_word_of_the_shell(convert, capsys):
+    """Types with blanks (in columns that tabs part), colons and signs that a shell takes for its own."""
+    tags = ["Person Name", "ns:ORG", "A&B (x)", "it's"]
+    train = "".join(f"梁\tB-{tag}\n雨\tI-{tag}\n和\tO\n" for tag in tags)
     with pytest.raises(SystemExit, match="2"):
-        convert("梁\tB-A,x\n")
-    assert "train.txt:1: --labels cannot name the entity type 'A,x'; rename it" in capsys.readouterr().err
+        convert(train)
+    option = capsys.readouterr().err.partition(" as in Person Name: ")[2]
+    (word,) = shlex.split(option)
+    (example,) = convert(train, word)
+    assert example["answer"] == "梁雨_Person Name\n梁雨_ns-ORG\n梁雨_A&B (x)\n梁雨_it's"
 
 
 def test_an_entity_of_blanks_is_none(convert, capsys):
