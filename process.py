@@ -210,6 +210,9 @@ def main(args):
     instruct = args.instruct.replace("\\n", "\n").replace("{labels}", "、".join(names))
     files = find_files(args)
     check_writable(folder)
+    for path in (folder / f"{name}.txt" for name in files):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, and the data is written there; move it away")
     with locked(folder):
         make_instruct_data(args, files, Task(labels, instruct, args.query_prefix), names, folder)
 

@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alpaca.common.console import say
@@ -20,9 +20,11 @@ def locked(path):
     """Hold `<path>.lock` meanwhile, with host, process and time in it; UserError where another process holds it.
 
     The lock is the system's (flock): that of a killed process is free, though its file stays. Where the disk has no
-    locks, as some network drives, a line says so and nothing is held.
+    locks, as some network drives, a line says so and nothing is held. Folders that are made for the lock go again if
+    nothing else was put there.
     """
     lock = Path(path).with_name(Path(path).name + ".lock")
+    made = [folder for folder in lock.parents if not folder.exists()]
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = _hold(lock, path)
@@ -38,6 +40,9 @@ def locked(path):
             lock.unlink(missing_ok=True)  # before it is let go: whoever waited for this file sees that it is gone
             HELD.remove(file)
             os.close(file)
+            with suppress(OSError):  # the first that holds something ends it
+                for folder in made:
+                    folder.rmdir()
 
 
 def _hold(lock, path):

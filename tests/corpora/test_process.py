@@ -472,6 +472,21 @@ def test_no_right_to_write_is_one_line(corpus, capsys, monkeypatch):
     )
 
 
+def test_a_refused_corpus_leaves_nothing_behind(corpus, capsys):
+    """No folder of a data set that is not there, and no part of one whose file cannot be written."""
+    corpus(["{"], DEV)
+    with pytest.raises(SystemExit, match="2"):
+        process("--data_name=other", "--train_file=data/t/ori_data/train.txt", "--dev_size=1")
+    assert os.listdir("data") == ["t"]
+    corpus([sentence("甲")], DEV)
+    Path("data/t/instruct_data/dev.txt").mkdir(parents=True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        process()
+    assert capsys.readouterr().err.startswith("error: data/t/instruct_data/dev.txt: is a folder, and the data is")
+    assert os.listdir("data/t/instruct_data") == ["dev.txt"]
+
+
 def test_an_error_of_the_system_is_one_line(corpus, capsys, monkeypatch):
     """As which user the tests run decides whether a file can be made unreadable: the system's answer is made here."""
     corpus([sentence("甲")], DEV)
