@@ -64,8 +64,23 @@ def detect_format(path):
         if recognises(head):
             return name
     raise UserError(
-        f"{path}: neither JSON lines nor 字<tab>标签, the first line is {head.line[:40]!r}; see process.py --help"
+        f"{path}: neither JSON lines nor 字<tab>标签, the first line is {head.line[:40]!r}; {remedy_of(path, head.line)}"
     )
+
+
+def remedy_of(path, line):
+    """What to do about a file whose first line is of no format."""
+    if "\r" in line:
+        return f"its lines end with a carriage return alone: tr '\\r' '\\n' < {path} > new.txt"
+    if re.match(r"\d+-\d+\t\d+-\d+\t", line):
+        return "it is WebAnno's TSV, as INCEpTION exports it; export CoNLL 2002 instead"
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "a table is not read; let the tool export JSON, or make it lines of 字<tab>标签"
+    if "\u3000" in line and split_columns(line.replace("\u3000", "\t")):
+        return f"part the columns with tabs, not with full-width blanks: sed 's/　/\\t/' {path} > new.txt"
+    if len(line.split()) == 2:
+        return f"a tag is O, or B-, I-, M-, E-, S-, L- or U- and a type, not {line.split()[1]!r}"
+    return "see process.py --help"
 
 
 def read_corpus(path, form, problems, ends="exclusive"):

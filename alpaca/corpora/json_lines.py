@@ -26,6 +26,11 @@ def read_json_sentences(path, ends="exclusive"):
                     f"{path}:{number}: this is instruction data already; put it to data/<data_name>/instruct_data/ and "
                     "look at it with --audit_only"
                 ) from None
+            if record.keys() >= {"prediction", "entities"}:
+                raise UserError(
+                    f"{place}: this is a row of predict.py or test.py; make it a file to correct: process.py --export=doccano "
+                    f"--predictions={path}, and read that"
+                ) from None
             raise UserError(
                 f"{place}: no key {error} (there are {', '.join(map(repr, record)) or 'none'}); {SEE}"
             ) from None

@@ -322,8 +322,26 @@ def test_how_public_corpora_are_written(convert, capsys, train, form, answers, r
 @pytest.mark.parametrize(
     "train, part",
     [
-        ("#FORMAT=WebAnno TSV 3.3\n\n#Text=梁来\n1-1\t0-1\t梁\t_\tPER\n", "neither JSON lines nor 字<tab>标签"),
-        ("梁　B-PER\n来　O\n", "neither JSON lines nor 字<tab>标签, the first line is '梁\\u3000B-PER'"),
+        (
+            "#FORMAT=WebAnno TSV 3.3\n\n#Text=梁来\n1-1\t0-1\t梁\t_\tPER\n",
+            "neither JSON lines nor 字<tab>标签, the first line is '1-1\\t0-1\\t梁\\t_\\tPER'; it is WebAnno's TSV",
+        ),
+        (
+            "梁　B-PER\n来　O\n",
+            "neither JSON lines nor 字<tab>标签, the first line is '梁\\u3000B-PER'; part the columns with tabs, not with",
+        ),
+        (
+            "梁\tB-PER\r来\tO\r",
+            "neither JSON lines nor 字<tab>标签, the first line is '梁\\tB-PER\\r来\\tO'; its lines end with a carriage return",
+        ),
+        (
+            "梁\tPER-B\n",
+            "neither JSON lines nor 字<tab>标签, the first line is '梁\\tPER-B'; a tag is O, or B-, I-, M-, E-, S-, L- or U- and",
+        ),
+        (
+            '{"text": "梁来", "answer": null, "prediction": "没有", "entities": []}',
+            ":1: this is a row of predict.py or test.py; make it a file to correct: process.py --export=doccano --predictions=",
+        ),
         ("梁\tB-PER\n来\to\n", ":2: expected 字<tab>标签, the tag O or B-"),
         ("梁\tB-PER\n来\t0\n", ":2: expected 字<tab>标签, the tag O or B-"),
         (f"{DEV}\n" + '{"text": "断\n' + DEV, ":2: not valid JSON (Unterminated string"),
