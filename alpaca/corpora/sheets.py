@@ -28,24 +28,27 @@ def csv_delimiter(header, columns):
 
 
 def read_csv(path, delimiter):
-    """Yield (line number, {column: text}) of a CSV file with a header; UserError for a row of another length."""
+    """Yield (line number, {column: text}) of a CSV file with a header; UserError for a row of another length.
+
+    A blank line is a row of empty cells, as a spreadsheet shows it: results can stand beside their rows.
+    """
     csv.field_size_limit(2**31 - 1)  # the default refuses a field of 131,072 characters
     rows = csv.reader((line + "\n" for _, line in read_lines(path)), delimiter=delimiter, strict=True)
     header = None
     try:
         for row in rows:
-            if not row:
+            if header is None and not row:
                 continue
             if header is None:
                 header = [name.strip() for name in row]
                 check_header(path, header)
-            elif len(row) != len(header):
+            elif row and len(row) != len(header):
                 raise UserError(
                     f"{path}:{rows.line_num}: {len(row)} columns, but the header has {len(header)}; put a text that "
                     f"holds {delimiter!r} in double quotes"
                 )
             else:
-                yield rows.line_num, dict(zip(header, row, strict=True))
+                yield rows.line_num, dict(zip(header, row or [""] * len(header), strict=True))
     except csv.Error as error:
         raise UserError(f"{path}:{rows.line_num}: not CSV ({error}); correct the line") from None
 
@@ -60,9 +63,9 @@ def check_header(where, header):
 def read_workbook(path, columns):
     """Yield (row number, {column: value}) of the sheet of an .xlsx file whose header has one of `columns`.
 
-    A value is a str, an int, a float or a bool, as the cell is; a date or a time is a str; None: an empty cell. Rows without
-    any value are left out.
-    UserError where no sheet has such a header, or more than one.
+    A value is a str, an int, a float or a bool, as the cell is; a date or a time is a str; None: an empty cell. Empty rows
+    between others are rows too. UserError where no sheet has such a header, or more than one, and for a cell of
+    `columns` whose value is not in the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -70,12 +73,14 @@ def read_workbook(path, columns):
             headers, fitting = {}, []
             for name, part in sheets_of(archive):
                 rows = sheet_rows(archive, part, shared, dated)
-                _, header = next(rows, (0, {}))
+                first, header = next(rows, (0, {}))
                 headers[name] = [str(value).strip() for value in header.values() if value is not None]
                 if set(headers[name]) & set(columns):
-                    fitting.append((name, header, rows))
+                    fitting.append((name, first, header, rows))
+            if not headers:
+                raise ValueError("it names no sheet; is it of the kind Strict Open XML?")
             if len(fitting) > 1:
-                names = ", ".join(repr(name) for name, _, _ in fitting)
+                names = ", ".join(repr(name) for name, *_ in fitting)
                 raise UserError(f"{path}: more than one sheet holds texts ({names}); keep one, or save each as CSV")
             if not fitting:
                 found = "; ".join(f"{name}: {', '.join(header) or 'empty'}" for name, header in headers.items())
@@ -83,13 +88,32 @@ def read_workbook(path, columns):
                     f"{path}: no sheet has a column {' or '.join(map(repr, columns))} in its first row ({found}); "
                     "name the column of the texts so"
                 )
-            name, header, rows = fitting[0]
+            name, last, header, rows = fitting[0]
             check_header(f"{path}, sheet {name}", headers[name])
             titles = {column: str(value).strip() for column, value in header.items() if value is not None}
             for number, cells in rows:
-                yield number, {title: cells.get(column) for column, title in titles.items()}
+                for blank in range(last + 1, number):
+                    yield blank, dict.fromkeys(titles.values())
+                last = number
+                row = {title: cells.get(column) for column, title in titles.items()}
+                check_values(f"{path}, row {number}", row, columns)
+                yield number, row
     except (zipfile.BadZipFile, ElementTree.ParseError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a workbook that can be read ({error}); save the sheet as CSV in UTF-8") from None
+
+
+class NoValue(str):
+    """What a cell shows in place of a value: an error (#N/A), or a formula that no program has computed yet."""
+
+
+def check_values(where, row, columns):
+    """UserError for a cell of one of `columns` without a value; elsewhere it stays as it is."""
+    for column in columns:
+        if isinstance(row.get(column), NoValue):
+            raise UserError(
+                f"{where}: `{column}` is {row[column]!r}, an error or a formula without a value; correct it, or open and "
+                "save the workbook in Excel"
+            )
 
 
 def xml_of(archive, part):
@@ -157,12 +181,17 @@ def sheet_rows(archive, part, shared, dated):
 
 
 def cell_value(cell, shared, dated):
-    """A cell's str, int, float or bool; None where it is empty or an error of a formula."""
+    """A cell's str, int, float, bool or NoValue; None where it is empty."""
     kind, value = cell.get("t", "n"), cell.findtext(f"{SHEETS}v")
     if kind == "inlineStr":
         return string_of(cell.find(f"{SHEETS}is"))
-    if value is None or kind == "e":  # e: an error, as #N/A
+    formula = cell.find(f"{SHEETS}f")
+    if value is None and formula is not None:
+        return NoValue(f"={formula.text or ''}")
+    if value is None:
         return None
+    if kind == "e":
+        return NoValue(value)
     if kind == "b":
         return value == "1"
     if kind == "s":

@@ -43,12 +43,14 @@ def test_csv(tmp_path, name, delimiter):
     assert rows == [
         {"id": "7", "text": f'程立群到了苏州{delimiter}"走"了\n又回来。', "note": "a"},
         {"id": "8", "text": "", "note": "b"},
+        {"id": "", "text": "", "note": ""},
         {"id": "9", "text": "天", "note": ""},
     ]
 
 
 def test_csv_of_one_column(tmp_path):
-    assert read(tmp_path / "texts.csv", 'text\n"甲，乙"\n丙\n') == [{"text": "甲，乙"}, {"text": "丙"}]
+    rows = read(tmp_path / "texts.csv", '\ntext\n"甲，乙"\n\n丙\n')
+    assert rows == [{"text": "甲，乙"}, {"text": ""}, {"text": "丙"}]
 
 
 MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
@@ -91,6 +93,7 @@ def test_excel(tmp_path):
     found = [{key: value for key, value in record.items() if value is not None} for record in read_texts(path)]
     assert found == [
         {"id": 7, "text": "程立群到了苏州。"},
+        {"text": ""},
         {"id": 1.5, "text": ""},
         {"text": "天\nA"},
         {"text": "110"},
@@ -102,6 +105,27 @@ def test_excel(tmp_path):
     write_workbook(tmp_path / "a.xlsx", "<row>")
     with pytest.raises(UserError, match="a.xlsx: not a workbook that can be read"):
         list(read_texts(tmp_path / "a.xlsx"))
+
+
+def test_cells_of_excel_without_a_value(tmp_path):
+    """A formula that nothing has computed and an error: no text of anybody's, in another column as they are shown."""
+    formula, error = '<c r="A2" t="str"><f>B2&amp;C2</f></c>', '<c r="A2" t="e"><f>1/0</f><v>#DIV/0!</v></c>'
+    for cell, shown in ((formula, "=B2&C2"), (error, "#DIV/0!")):
+        for names in (("id", "text"), ("text", "id")):
+            head = "".join(f'<c t="inlineStr"><is><t>{name}</t></is></c>' for name in names)
+            head = head.replace("<c ", '<c r="A1" ', 1).replace("<c t", '<c r="B1" t', 1)
+            row = f'<row r="2">{cell}<c r="B2" t="str"><f>D2</f><v>天</v></c></row>'
+            path = write_workbook(tmp_path / "a.xlsx", f'<row r="1">{head}</row>{row}')
+            if names[1] == "text":
+                assert [(record["id"], record["text"]) for record in read_texts(path)] == [(shown, "天")]
+            else:
+                with pytest.raises(UserError, match="a.xlsx, row 2: `text` is '.*', an error or a formula without"):
+                    list(read_texts(path))
+    with zipfile.ZipFile(tmp_path / "strict.xlsx", "w") as archive:
+        archive.writestr("xl/_rels/workbook.xml.rels", "<Relationships/>")
+        archive.writestr("xl/workbook.xml", '<workbook xmlns="http://purl.oclc.org/ooxml/spreadsheetml/main"/>')
+    with pytest.raises(UserError, match="strict.xlsx: not a workbook .*Strict Open XML.*save the sheet as CSV"):
+        list(read_texts(tmp_path / "strict.xlsx"))
 
 
 def test_dates_of_excel(tmp_path):
