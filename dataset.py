@@ -263,10 +263,11 @@ def labels_of(examples):
 # lengths
 
 
-def fit_length(examples, path, max_seq_length, too_long="drop"):
+def fit_length(examples, path, max_seq_length, too_long="drop", needed=True, otherwise=""):
     """Leave out what is longer than max_seq_length (audit.py says how many): a cut answer would teach none to end.
 
-    Returns the examples that fit; UserError when none does, or when too_long is "error" and one does not.
+    Returns the examples that fit; UserError when too_long is "error" and one does not, or when none does and one is
+    needed. otherwise: what can be done then, besides raising max_seq_length.
     """
     if too_long not in ("drop", "error"):
         raise UserError(f"--too_long={too_long}: expected drop or error")
@@ -278,6 +279,6 @@ def fit_length(examples, path, max_seq_length, too_long="drop"):
         raise UserError(
             f"{path}: {dropped} of {len(examples)} examples exceed max_seq_length={max_seq_length}; {remedy}"
         )
-    if not kept:
-        raise UserError(f"{path}: no example fits into max_seq_length={max_seq_length}; {remedy}")
+    if needed and not kept:
+        raise UserError(f"{path}: no example fits into max_seq_length={max_seq_length}; {remedy}{otherwise}")
     return kept

@@ -29,15 +29,19 @@ WARNINGS = {
 
 
 def load_audited_data(train_path, dev_path, tokenizer, args):
-    """[(records, the TokenizedExamples of them that fit into args.max_seq_length)] of train and dev, audited."""
+    """[(records, the TokenizedExamples of them that fit into args.max_seq_length)] of train and dev, audited.
+
+    Dev may be all long documents, which process.py leaves whole: then there is no dev loss.
+    """
     columns = args.instruct_column, args.query_column, args.response_column
     paths = train_path, dev_path
     out = sys.stderr if os.environ.get("RANK", "0") == "0" else None
     audited = audit(paths, tokenizer, args.max_seq_length, columns, out)
-    return [
-        (records, fit_length(examples, path, args.max_seq_length, args.too_long))
-        for path, (records, examples) in zip(paths, audited, strict=True)
-    ]
+    (train_records, train), (dev_records, dev) = audited
+    train = fit_length(train, train_path, args.max_seq_length, args.too_long)
+    without = ", or train without the dev loss, --eval_steps=-1: test.py answers long texts in windows"
+    dev = fit_length(dev, dev_path, args.max_seq_length, args.too_long, args.eval_steps > 0, without)
+    return [(train_records, train), (dev_records, dev)]
 
 
 def audit(paths, tokenizer, max_seq_length, columns=("instruct", "query", "answer"), out=None):

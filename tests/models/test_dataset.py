@@ -293,6 +293,7 @@ def test_nothing_is_cut():
         fit_length(examples, "f", 8, "error")
     with pytest.raises(UserError, match="f: no example fits into max_seq_length=3"):
         fit_length(examples, "f", 3)
+    assert fit_length(examples, "f", 3, needed=False) == []
     with pytest.raises(UserError, match="--too_long=cut: expected drop or error"):
         fit_length(examples, "f", 8, "cut")
 

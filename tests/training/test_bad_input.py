@@ -1,5 +1,7 @@
 """What both trainers refuse, in the same line, before they move or load anything.     python -m pytest tests/training/test_bad_input.py"""
 
+import json
+
 import pytest
 
 import train_deepspeed
@@ -14,6 +16,7 @@ from config_utils import run_script
         ("lora_target_modules=q_projj", "has no linear layer 'q_projj'; did you mean q_proj?"),
         ("train_path=nowhere.txt", "nowhere.txt: no such file"),
         ("max_seq_length=8", "no example fits into max_seq_length=8"),
+        ("dev_path=mine/mine.txt", "or train without the dev loss, --eval_steps=-1: test.py answers long texts"),
         ("resume=7", "checkpoint-7 is not a complete checkpoint"),
         ("save_dir=mine", "mine: holds other files than a training run's"),
     ],
@@ -21,7 +24,7 @@ from config_utils import run_script
 def test_both_trainers_refuse(base_dir, instruct_data, tmp_path, monkeypatch, capsys, option, error):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "mine.txt").touch()
+    (tmp_path / "mine" / "mine.txt").write_text(json.dumps({"instruct": "找", "query": "雨" * 600, "answer": "没有"}))
     given = [f"--model_dir={base_dir}", "--save_dir=run"]
     given += [f"--{name}_path={instruct_data}/{name}.txt" for name in ("train", "dev")]
     for trainer in (train_deepspeed, train_trainer):
