@@ -38,7 +38,8 @@ def read_examples(path, instruct_column="instruct", query_column="query", respon
     """
     columns = {"instruct": instruct_column, "query": query_column, "answer": response_column}
     if not Path(path).exists() and Path(path).parent.name == "instruct_data":
-        raise UserError(f"{path}: no such file; make it with `python process.py --data_name=…`")
+        name = Path(path).absolute().parent.parent.name
+        raise UserError(f"{path}: no such file; make it with `python process.py --data_name={name}`")
     examples = []
     for number, record in read_jsonl(path, malformed):
         try:

@@ -38,7 +38,7 @@ def read_lines(path, malformed=None):
             decoded = decoded or not line.isascii()
             yield number, line
     if not number:
-        raise UserError(f"{path}: the file is empty")
+        raise UserError(f"{path}: the file is empty; name another")
 
 
 def keep_or_raise(message, malformed):

@@ -106,7 +106,7 @@ def how_to_get(model_dir):
     """The command that makes a model folder, for error messages."""
     name = Path(model_dir).name
     if "tiny" in name:
-        return "make the embedded model with `make tiny` (README.md, 快速开始)"
+        return "make the embedded model with `make tiny`"
     return (
         f"put the model there, or make {name} with model_hub/convert_llama_weights_to_hf.py and "
         "model_hub/merge_llama_with_chinese_lora.py (README.md)"

@@ -182,6 +182,8 @@ def test_bad_files_are_named(tmp_path, content, message):
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.txt: no such file"):
         list(read_jsonl(tmp_path / "nowhere.txt"))
+    with pytest.raises(UserError, match="make it with `python process.py --data_name=mine`"):
+        read_examples(tmp_path / "mine" / "instruct_data" / "dev.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
