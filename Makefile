@@ -4,8 +4,9 @@ SHELL := /bin/bash
 PYTHON := python3
 FOUND = $(or $(shell $(PYTHON) --version 2>&1),not found)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-# A worker a core, at most four. One thread each: for models this small a second only waits.
-PYTEST = OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
+# A worker a core, at most four. One thread each: for models this small a second only waits. Many processes import our code,
+# so what Python compiles is kept.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest -n logical --maxprocesses=4 --dist=loadscope --no-loadscope-reorder
 
 demo: tiny
 	deepspeed train_trainer.py --num_train_epochs=1

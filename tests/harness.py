@@ -64,11 +64,37 @@ def write_jsonl(path, records):
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# What a fork runs: a script, and what Python does at the end of one. What it leaves out is to free each object of the
+# libraries, which takes 0.5 s, longer than most scripts' own work.
+RUN = """
+import atexit, os, runpy, signal, sys, threading
+def run_main():
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = None
+    except SystemExit as end:
+        code = end.code
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(code or 0)
+"""
 # Importing the libraries takes longer than most scripts' own work: a process does it once, and forks for each script. What
-# is ours is imported by the fork, which starts and ends like any process. DeepSpeed imports torch's compiler for an
-# optimizer that is not used, and more when an engine is made; matplotlib looks for fonts when it draws.
+# is ours is imported by the fork. DeepSpeed imports torch's compiler for an optimizer that is not used, and more when an
+# engine is made; matplotlib looks for fonts when it draws. Where torch registers an operator, inspect asks every module
+# for its file, and keeps the answers.
 FORKING = """
-import gc, io, json, os, runpy, signal, sys
+import gc, inspect, io, json
 import deepspeed, llguidance, matplotlib.figure, peft, torch, transformers
 import deepspeed.module_inject.auto_ep_layer, deepspeed.ops.op_builder.all_ops, peft.utils.transformers_weight_conversion
 from deepspeed.runtime.zero.muon import muon_optimizer
@@ -76,7 +102,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBa
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 matplotlib.figure.Figure().savefig(io.BytesIO())
 get_checkpoint_conversion_mapping("llama")
-gc.freeze()  # else a fork looks at all of it once more when it ends, which takes longer than its work
+inspect.getmodule(sys._getframe())
+gc.freeze()  # else a fork looks at all of it once more
 for line in sys.stdin:
     order = json.loads(line)
     pid = os.fork()
@@ -96,7 +123,7 @@ os.environ.update(order["env"])
 sys.argv = order["argv"]
 sys.path[0] = os.path.dirname(sys.argv[0])
 exec(order["before"], {})
-runpy.run_path(sys.argv[0], run_name="__main__")
+run_main()
 """
 # The same without a fork: what is done before stands in its middle.
 NOT_FORKING = """
@@ -110,7 +137,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @functools.cache
 def forking():
-    command = [sys.executable, "-c", FORKING]
+    command = [sys.executable, "-c", RUN + FORKING]
     env = {**os.environ, "PYTHONUTF8": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
 
@@ -145,7 +172,7 @@ def run_new(command, cwd, env, stdin, meanwhile):
 # Runs of a script as several ranks, one run after another, of which one rank may be killed once the output holds so many rows.
 # The launcher's part: where a rank has died, the others are ended.
 RANKS = """
-import faulthandler, json, os, runpy, signal, sys, time
+import faulthandler, json, time
 import llguidance, peft, torch, transformers
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend
 runs, log = json.loads(sys.stdin.read()), sys.argv[1]
@@ -156,7 +183,7 @@ def child(run, rank):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(run["count"]), MASTER_ADDR="127.0.0.1")
     os.environ.update(MASTER_PORT=str(run["port"]), OMP_NUM_THREADS="1")
     sys.argv, sys.path[0] = run["argv"], os.path.dirname(run["argv"][0])
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    run_main()
 def rows(run):
     try:
         with open(run["output"], "rb") as file:
@@ -198,7 +225,7 @@ def run_ranks(script, options, output, runs, cwd):
     for order in orders:
         more = [*options, f"--output_path={order['output']}", *order["more"]]
         order["argv"] = [str(ROOT / script), *map(str, more)]
-    command = [sys.executable, "-c", RANKS, f"{output}.log"]
+    command = [sys.executable, "-c", RUN + RANKS, f"{output}.log"]
     result = subprocess.run(
         command,
         cwd=cwd,

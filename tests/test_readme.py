@@ -168,18 +168,20 @@ def run_shell(lines, cwd):
 
 @pytest.fixture(scope="module")
 def run_block(copy):
-    """Runs a block in the copy, once. The first, README's own, as it stands; of the others run_script does what is
-    `python <script> …`."""
+    """Runs a block in the copy, once; run_script does what is `python <script> …`, which `make demo` runs as it stands. In the
+    first, README's own, `deepspeed` is the launcher itself; in the others run_script runs what it would start."""
 
     @functools.cache
     def run(number):
         block = shortened(COMMANDS[number], free_port())
-        parts = re.split(r"^(python \S+\.py .*)$", block, flags=re.M) if number else [block]
+        launcher = "python|deepspeed --master_port=[0-9]+" if number else "python"
+        parts = re.split(rf"^((?:{launcher}) \S+\.py\b.*)$", block, flags=re.M)
         folder = copy
         for i, part in enumerate(parts):
             if i % 2:
                 assert not re.search(r"[\\$`~*?#|;&<>]", part), f"only a shell knows what is meant by {part!r}"
-                _, script, *options = shlex.split(part)
+                words = shlex.split(part)
+                script, *options = words[1 + part.startswith("deepspeed") :]
                 result = run_script(folder / script, *options, cwd=folder, check=False)
                 output = result.stdout + result.stderr
                 assert result.returncode == 0, f"{part}\n{output[-6000:]}"
