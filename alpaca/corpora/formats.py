@@ -78,7 +78,7 @@ def remedy_of(path, line):
         return "a table is not read; let the tool export JSON, or make it lines of 字<tab>标签"
     if "\u3000" in line and split_columns(line.replace("\u3000", "\t")):
         return f"part the columns with tabs, not with full-width blanks: sed 's/　/\\t/' {path} > new.txt"
-    if len(line.split()) == 2:
+    if re.fullmatch(r"\S[ \t]+\S+|\S+\t\S+", line.strip()):
         return f"a tag is O, or B-, I-, M-, E-, S-, L- or U- and a type, not {line.split()[1]!r}"
     return "see process.py --help"
 

@@ -44,7 +44,8 @@ def read_spans(path, problems):
             return None
         seen.add(example)
         text = checked_text(path, line, record["originalText" if "originalText" in record else "text"])
-        spans = marked_spans(path, line, record, KEYS)
+        unmarked = "answer" in record and not record.keys() & set(KEYS)  # Prodigy leaves the key out then
+        spans = [] if unmarked else marked_spans(path, line, record, KEYS)
         problems["relation"] += len(record.get("relations") or ())
         problems["choice"] += len(record.get("accept") or ())
         return Sentence(line, text, [_mark(path, line, text, span) for span in spans])

@@ -131,8 +131,9 @@ CASES = {  # name of the file: (format, content, sentences)
     "prodigy.jsonl": (
         "spans",
         '{"text": "TEXT", "spans": [{"start": 4, "end": 7, "label": "PER", "token_start": 4, "token_end": 6}], '
-        '"tokens": [{"text": "上", "start": 0, "end": 1, "id": 0}], "answer": "accept"}\n',
-        ONE,
+        '"tokens": [{"text": "上", "start": 0, "end": 1, "id": 0}], "answer": "accept"}\n'
+        '{"text": "雪", "answer": "accept"}\n',
+        [*ONE, ("雪", [])],
     ),
     "spacy.json": (
         "spans",

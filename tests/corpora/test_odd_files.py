@@ -338,6 +338,7 @@ def test_how_public_corpora_are_written(convert, capsys, train, form, answers, r
             "梁\tPER-B\n",
             "neither JSON lines nor 字<tab>标签, the first line is '梁\\tPER-B'; a tag is O, or B-, I-, M-, E-, S-, L- or U- and",
         ),
+        ("你好 世界\n", "neither JSON lines nor 字<tab>标签, the first line is '你好 世界'; see process.py --help"),
         (
             '{"text": "梁来", "answer": null, "prediction": "没有", "entities": []}',
             ":1: this is a row of predict.py or test.py; make it a file to correct: process.py --export=doccano --predictions=",
