@@ -36,9 +36,12 @@ def no_file(path):
 def folders_with(name, folder):
     """The folders that hold a file of this name, in `folder` and up to two levels below, sorted.
 
-    Archives unpack into a folder more, a cache keeps models in snapshots/<commit>, a Trainer in checkpoint-<step>.
+    Archives unpack into a folder more, a cache keeps models in snapshots/<commit>, a Trainer in checkpoint-<step>. What
+    ModelScope and others have not finished is in hidden folders.
     """
-    return sorted(file.parent for depth in ("", "*/", "*/*/") for file in Path(folder).glob(depth + name))
+    folder = Path(folder)
+    found = [file.parent for depth in ("", "*/", "*/*/") for file in folder.glob(depth + name)]
+    return sorted(path for path in found if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
 def hint_below(name, folder):

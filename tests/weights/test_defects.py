@@ -274,6 +274,8 @@ def in_a_cache(folder):
     """The folder of a cache, models--<owner>--<name>, in place of its snapshots/<commit>."""
     snapshot = folder / "snapshots" / "4782ad27"
     snapshot.mkdir(parents=True)
+    (folder / "._____temp").mkdir()
+    (folder / "._____temp" / "config.json").touch()  # ModelScope's, of a download that was interrupted
     for file in [file for file in folder.iterdir() if file.is_file()]:
         file.rename(snapshot / file.name)
 
