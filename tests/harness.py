@@ -171,10 +171,8 @@ def run_new(command, cwd, env, stdin, meanwhile):
 
 # Runs of a script as several ranks, one run after another, of which one rank may be killed once the output holds so many rows.
 # The launcher's part: where a rank has died, the others are ended.
-RANKS = """
+RANKS = f"""{RUN}
 import faulthandler, json, time
-import llguidance, peft, torch, transformers
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, SentencePieceBackend
 runs, log = json.loads(sys.stdin.read()), sys.argv[1]
 def child(run, rank):
     for number in (1, 2):
@@ -191,7 +189,7 @@ def rows(run):
     except OSError:
         return 0
 for run in runs:
-    ranks, kill, codes = {}, run["kill"], {}
+    ranks, kill, codes = {{}}, run["kill"], {{}}
     for rank in range(run["count"]):
         pid = os.fork()
         if not pid:
@@ -208,7 +206,7 @@ for run in runs:
                 os.kill(next(pid for pid, rank in ranks.items() if rank == kill["rank"]), signal.SIGKILL)
                 kill = None
             time.sleep(0.001)
-        print(json.dumps({"codes": [codes[rank] for rank in range(run["count"])], "rows": rows(run)}), flush=True)
+        print(json.dumps({{"codes": [codes[rank] for rank in range(run["count"])], "rows": rows(run)}}), flush=True)
         continue
     child(run, rank)
     break
@@ -225,17 +223,11 @@ def run_ranks(script, options, output, runs, cwd):
     for order in orders:
         more = [*options, f"--output_path={order['output']}", *order["more"]]
         order["argv"] = [str(ROOT / script), *map(str, more)]
-    command = [sys.executable, "-c", RUN + RANKS, f"{output}.log"]
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=200 + 50 * len(runs),
-        input=json.dumps(orders),
-        env={**os.environ, "PYTHONUTF8": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    log = Path(f"{output}.log").read_text(encoding="utf-8", errors="replace")
+    ranks, log = Path(f"{output}.ranks.py"), Path(f"{output}.log")
+    ranks.write_text(RANKS, encoding="utf-8")
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+    result = run_script(ranks, log, cwd=cwd, stdin=json.dumps(orders), env=env, check=False)
+    log = log.read_text(encoding="utf-8", errors="replace")
     assert result.returncode == 0, result.stderr[-2000:] + log[-4000:]
     return [json.loads(line) for line in result.stdout.splitlines()], log
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from harness import ROOT, free_port, make_records, run_ranks, run_script, write_jsonl
+from harness import ROOT, make_records, run_ranks, run_script, write_jsonl
 
 pytestmark = pytest.mark.slow
 CPU = {"CUDA_VISIBLE_DEVICES": ""}  # there the rows are equal to the last digit
@@ -27,16 +27,11 @@ def work(tmp_path_factory, base_dir):
     return folder, options, rows
 
 
-def launcher(name):
-    if name == "torchrun":
-        return [shutil.which("torchrun"), "--standalone", "--nproc_per_node=2"]
-    return [shutil.which("deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}"]
-
-
 def test_two_processes_write_the_file_of_one(work):
     folder, options, rows = work
     output = folder / "two.jsonl"
-    run_script("predict.py", *options, f"--output_path={output}", cwd=folder, launcher=launcher("torchrun"), env=CPU)
+    launcher = [shutil.which("torchrun"), "--standalone", "--nproc_per_node=2"]
+    run_script("predict.py", *options, f"--output_path={output}", cwd=folder, launcher=launcher, env=CPU)
     assert output.read_bytes() == rows
 
 
@@ -72,6 +67,6 @@ runpy.run_path({str(ROOT / "predict.py")!r}, run_name="__main__")
 """,
         encoding="utf-8",
     )
-    more = [*options, f"--output_path={folder}/dying.jsonl"]
-    result = run_script(script, *more, cwd=folder, launcher=launcher("deepspeed"), env=CPU, check=False)
-    assert result.returncode and "what process 1 died of" in result.stderr
+    run = {"count": 2, "kill": None, "more": ["--local_rank=1"]}  # which the deepspeed launcher gives
+    (ended,), log = run_ranks(script, options, folder / "dying.jsonl", [run], folder)
+    assert ended["codes"][0] and ended["codes"][1] == 1 and "what process 1 died of" in log

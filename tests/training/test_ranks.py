@@ -4,6 +4,7 @@ python -m pytest tests/training/test_ranks.py
 STAGES=0,1,2,3 python -m pytest tests/training/test_ranks.py         # every ZeRO stage in both trainers; 1 and 3 without it
 """
 
+import functools
 import os
 import shutil
 import signal
@@ -55,14 +56,13 @@ def two_ranks():
     return [shutil.which("deepspeed"), "--num_accelerators=2", f"--master_port={free_port()}"]
 
 
-def run_two_ranks(script, *options, cwd):
+def run_two_ranks(script, *options, cwd, **how):
     """As the launcher starts them, but for the time that three processes need to import what they need."""
     if torch.cuda.is_available():
-        run_script(script, *options, cwd=cwd, launcher=two_ranks())
-        return
+        return run_script(script, *options, cwd=cwd, launcher=two_ranks(), **how)
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     rank = 'import os; rank = str(int(os.fork() == 0)); os.environ.update({"RANK": rank, "LOCAL_RANK": rank})'
-    run_script(script, *options, cwd=cwd, env=env, before=rank)
+    return run_script(script, *options, cwd=cwd, env=env, before=rank, **how)
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,15 @@ def alone(folder, base_dir):
     return folder / "alone"
 
 
-def terminate(command, run, cwd, group):
-    """Start a run of two ranks and send SIGTERM, after its first step, to its process group or to one rank; the exit
-    code of the launcher and what was printed until the last process had ended."""
+def wait_for_a_step(run, running):
+    log = run / "train_log.jsonl"
+    while running() and not (log.exists() and log.read_bytes()):
+        time.sleep(0.02)
+
+
+def terminate_group(command, run, cwd):
+    """Start a run of two ranks and send SIGTERM, after its first step, to its process group; the exit code of the launcher
+    and what was printed until the last process had ended."""
     with subprocess.Popen(
         [*map(str, command)],
         cwd=cwd,
@@ -83,17 +89,29 @@ def terminate(command, run, cwd, group):
         text=True,
         encoding="utf-8",
     ) as process:
-        log = run / "train_log.jsonl"
-        while process.poll() is None and not (log.exists() and log.read_bytes()):
-            time.sleep(0.02)
+        wait_for_a_step(run, lambda: process.poll() is None)
         assert process.poll() is None, process.communicate()[0]
-        if group:
-            os.killpg(process.pid, signal.SIGTERM)
-        else:
-            (rank,) = (p for p in psutil.Process(process.pid).children(True) if "--local_rank=1" in p.cmdline())
-            rank.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         output = process.communicate(timeout=120)[0]
     return process.returncode, output
+
+
+def terminate_second_rank(run, pid):
+    """Send SIGTERM to the rank that writes nothing; once it has ended the other has one too, as the launcher does it."""
+    first = psutil.Process(pid)
+    wait_for_a_step(run, lambda: first.status() != psutil.STATUS_ZOMBIE)
+    if torch.cuda.is_available():
+        (second,) = (process for process in first.children(True) if "--local_rank=1" in process.cmdline())
+        second.terminate()  # the rest is the launcher's
+        return
+    (second,) = first.children()
+    second.terminate()
+    try:
+        while second.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.002)
+        first.terminate()
+    except psutil.NoSuchProcess:  # both have ended
+        pass
 
 
 def assert_one_run(alone, run):
@@ -120,11 +138,17 @@ def test_every_stage_is_one_run(folder, base_dir, alone, trainer, stage):
 @pytest.mark.parametrize("trainer, stage", RUNS)
 def test_two_ranks_are_one_run(folder, base_dir, alone, trainer, stage):
     """Losses, dev loss and adapter to 1e-4: also of the last step of an epoch, so each row is seen once. SIGTERM, to the
-    process group or to one rank, ends both after they have saved; what --resume makes of it is still that one run."""
+    launcher's process group or to one rank, ends both after they have saved; what --resume makes of it is still that one
+    run."""
     run, group = folder / f"{trainer}-{stage}", stage > 1
     parts = ["--train_batch_size=1", "--gradient_accumulation_steps=3"]
     parts += [*options(base_dir, run.name), f"--deepspeed_zero_optimization_stage={stage}"]
-    code, output = terminate([*two_ranks(), ROOT / f"{trainer}.py", *parts], run, folder, group)
+    if group:
+        code, output = terminate_group([*two_ranks(), ROOT / f"{trainer}.py", *parts], run, folder)
+    else:
+        stop = functools.partial(terminate_second_rank, run)
+        result = run_two_ranks(f"{trainer}.py", *parts, cwd=folder, check=False, meanwhile=stop)
+        code, output = result.returncode, result.stdout + result.stderr
     assert code == (-signal.SIGTERM if group else 143), output  # a shell says 143 of both
     stopped = len(read_log(run))
     assert output.count(f"收到 SIGTERM，已在第 {stopped} 步保存") == 1 and "Traceback" not in output, output
@@ -151,6 +175,6 @@ runpy.run_path({str(ROOT / "train_deepspeed.py")!r}, run_name="__main__")
     )
     start = time.time()
     more = ["--train_batch_size=1", "--max_steps=100000"]
-    result = run_script(script, *options(base_dir, "dying"), *more, cwd=folder, launcher=two_ranks(), check=False)
+    result = run_two_ranks(script, *options(base_dir, "dying"), *more, cwd=folder, check=False)
     assert result.returncode not in (0, 143) and "what rank 1 died of" in result.stderr + result.stdout
     assert time.time() - start < 120  # 100,000 steps take longer, and so does a rank that waits for another

@@ -274,7 +274,8 @@ def test_packing_does_not_change_the_losses(workspace, base_dir, tmp_path, train
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_launcher_and_no_compiler(workspace, base_dir, tmp_path, trainer):
-    """`deepspeed train_*.py` on a machine without c++, g++ and gcc; adapter_model.bin; a run in the way is kept."""
+    """On a machine without c++, g++ and gcc; adapter_model.bin; a run in the way is kept. test_untrusted.py has the launcher
+    with train_trainer.py."""
     tools = tmp_path / "bin"
     tools.mkdir()
     for folder in os.environ["PATH"].split(os.pathsep):
@@ -285,16 +286,10 @@ def test_launcher_and_no_compiler(workspace, base_dir, tmp_path, trainer):
     save_dir = tmp_path / "run"
     (save_dir / "adapter_model").mkdir(parents=True)
     (save_dir / "adapter_model" / "mine.txt").touch()
-    result = run_script(
-        f"{trainer}.py",
-        *training_options(base_dir),
-        f"--save_dir={save_dir}",
-        "--max_steps=3",
-        "--safe_serialization=False",
-        cwd=workspace,
-        launcher=[shutil.which("deepspeed"), "--num_accelerators=1", f"--master_port={free_port()}"],
-        env={"PATH": str(tools)},
-    )
+    options = [*training_options(base_dir), f"--save_dir={save_dir}", "--max_steps=3", "--safe_serialization=False"]
+    launcher = [shutil.which("deepspeed"), "--num_accelerators=1", f"--master_port={free_port()}"]
+    launcher = launcher if trainer == "train_deepspeed" else None
+    result = run_script(f"{trainer}.py", *options, cwd=workspace, launcher=launcher, env={"PATH": str(tools)})
     weights = torch.load(save_dir / "adapter_model" / "adapter_model.bin", weights_only=True)
     assert len(weights) == 28 and all(t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name)
     assert (
