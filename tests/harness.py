@@ -12,9 +12,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
-needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two ranks need two GPUs or none")
+# As text, since xdist's first process, which runs no test, need not wait for torch.
+needs_two_gpus = pytest.mark.skipif("torch.cuda.device_count() == 1", reason="two ranks need two GPUs or none")
 
 INSTRUCTION = (
     "你现在是一个实体识别模型，你需要提取文本里面的人名、地名、机构名，如果存在结果，返回'实体_实体类型'，"
@@ -277,6 +277,8 @@ def training_options(base_dir):
 
 def assert_same_rows(rows, expected):
     """Rows of train_log.jsonl: bit for bit on a CPU. A GPU's kernels are tuned in each process, and round differently."""
+    import torch
+
     if not torch.cuda.is_available():
         assert rows == expected
         return
@@ -287,6 +289,7 @@ def assert_same_rows(rows, expected):
 
 def assert_same_adapter(run, expected):
     """The adapters of two runs, in the same way."""
+    import torch
     from safetensors.torch import load_file
 
     ours, theirs = (load_file(path / "adapter_model" / "adapter_model.safetensors") for path in (run, expected))

@@ -102,7 +102,7 @@ def as_weibo(line):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The repository as a clone would have it, plus a small corpus under the names of MSRA's files."""
+    """The repository as a clone would have it, with less to evaluate on, plus a small corpus under the names of MSRA's files."""
     folder = tmp_path_factory.mktemp("readme") / "repository"
     listing = subprocess.check_output(["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT)
     for name in filter(None, listing.decode().split("\0")):
@@ -124,6 +124,7 @@ def copy(tmp_path_factory):
             path = folder / "data" / name / "ori_data" / file_name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(map(convert, lines)), encoding="utf-8")
+    shutil.copyfile(msra / "dev.txt", folder / "data" / "demo" / "ori_data" / "dev.txt")
     return folder
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from alpaca.answering.attention import Flash
@@ -23,6 +22,8 @@ TOKENS, SLOTS, PLACES, SHARED = 128, 5, 16, 256
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_layer_is_compiled_for_all_without_a_graph_break(kind):
     """With a LoRA kept apart, and once more without it; a second step compiles nothing."""
+    from torch._dynamo.testing import CompileCounter
+
     model, config, more = KINDS[kind]
     config = config(**SHAPE, num_hidden_layers=3, **more)
     torch._dynamo.reset()
