@@ -2,7 +2,7 @@
 
 All ```bash blocks run in order, in one copy of the repository, each from its root, with no standard input; those that
 are the same on the embedded model run once. Changed are only the size (7B, 7b and 13B become tiny), how much is
-trained and answered (SHORTER), and the port of the deepspeed launcher, so that nothing else on the machine is in the
+trained, evaluated (60 rows) and answered (SHORTER), and the port of the launcher, so that nothing else on the machine is in the
 way. The real corpora that the pages name are played by a part of the demo's own.
 """
 

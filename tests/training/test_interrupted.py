@@ -190,6 +190,7 @@ def test_what_is_no_number_on_one_rank_ends_all(base_dir, instruct_data, tmp_pat
     assert facts["step"] == 1
 
 
+@pytest.mark.slow
 @needs_two_gpus
 def test_another_number_of_processes_is_refused(base_dir, instruct_data, tmp_path):
     """A checkpoint has the optimizer's state in parts, one for each process."""
