@@ -30,8 +30,7 @@ sys.path.insert(0, {str(HUB)!r})
 import merge_llama_with_chinese_lora as merge
 from alpaca.weights import safetensors_writer
 from config_utils import run_script
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-get_checkpoint_conversion_mapping("llama")  # what a merge would import itself, for ten times as long as it takes
+from transformers import LlamaForCausalLM  # else each merge imports it, which takes ten times as long as the rest of it
 safetensors_writer.FILE_BYTES = 400_000
 
 def die_at(count, folder):
