@@ -27,8 +27,8 @@ SUBJECTS = ("seven_b", "data", "options", "training", "answering", "errors", "ch
 PAGES = ("README.md", *(f"docs/zh/{subject}.md" for subject in SUBJECTS))
 TWINS = ("README_EN.md", *(f"docs/en/{subject}.md" for subject in SUBJECTS))
 TIMEOUT = 600  # seconds for one block, on a machine that has other things to do
-SHORTER = {  # how a line begins -> what is added to it; an adapter of 20 steps may not know yet how an answer ends
-    r"(deepspeed|python) train_": " --max_steps=20",
+SHORTER = {  # how a line begins -> what is added to it; an adapter of 10 steps does not know yet how an answer ends
+    r"(deepspeed|python) train_": " --max_steps=10",
     r"python test\.py": " --max_examples=20 --max_new_tokens=64",
     r"python predict\.py": " --max_new_tokens=64",
 }
