@@ -11,7 +11,7 @@ import pytest
 from alpaca.common.errors import UserError
 from alpaca.models.templates import encode_prompts, message_of
 from alpaca.models.tokenizer import load_tokenizer
-from alpaca.training.audit import audit
+from alpaca.training.audit import audit, describe_lengths
 from harness import make_records, run_script, write_jsonl
 
 
@@ -59,6 +59,13 @@ def test_each_warning(report, train, dev, warning, place):
     lines = report([*CLEAN, *train], [record("李华。", "李华_人名"), *dev])
     assert [line for line in lines if "警告" in line] == [f"  警告 {warning}"]
     assert f"    {place}" in lines
+
+
+def test_another_instruction_asks_something_else_and_need_not_list_types(report):
+    rows = [
+        record("王明在北京。", answer, f"找出{what}") for what, answer in (("谁", "王明_人名"), ("哪里", "北京_地名"))
+    ]
+    assert not [line for line in report(rows, [record("李华。", "李华_人名", "找出谁")]) if "警告" in line]
 
 
 def test_warnings_show_three_places_and_count_the_rest(report):
@@ -112,6 +119,8 @@ def test_lengths_against_counting_by_hand(report, base_dir):
     assert (p50, p90, p99, longest) == (lengths[249], lengths[449], lengths[494], lengths[-1])
     assert dropped == sum(n > limit for n in lengths) > 0
     assert sum(n <= kept for n in lengths) >= 0.999 * 500 > sum(n < kept for n in lengths)
+    line = describe_lengths([*range(1, 1001)], 900)
+    assert [int(n) for n in re.fullmatch(form, line).groups()] == [500, 900, 990, 1000, 100, 999]
 
 
 def test_malformed_lines_are_all_counted_and_three_are_shown(tmp_path, base_dir):

@@ -16,7 +16,7 @@ from alpaca.models.tokenizer import EOS
 from alpaca.training.batches import TrainLoader, added_tokens, eval_batches, optimizer_steps
 from alpaca.training.cuda_graphs import choose_lengths, compile_layers, mask_buffers, next_length, row_lengths
 from alpaca.training.lora import lora_weights
-from alpaca.training.loss import answer_loss, model_inputs
+from alpaca.training.loss import answer_loss, evaluate_loss, model_inputs
 from alpaca.training.prefix_tree import (
     IGNORE_INDEX,
     MIN_SHARED,
@@ -27,6 +27,7 @@ from alpaca.training.prefix_tree import (
     tree_mask,
     tree_row,
 )
+from alpaca.training.tree_attention import plan_attention, tree_attention
 
 
 def example(prompt, answer):
@@ -116,17 +117,20 @@ def test_ranks_get_equal_numbers_of_tokens():
 
 
 def test_all_ranks_pad_to_the_same_lengths(lora_model):
-    """Else each would wait for the others to compile lengths of their own."""
+    """Else each would wait for the others to compile lengths of their own. No row is longer than the last: all are counted.
+    An evaluation, which compiles nothing, finds the same loss in the padded rows."""
     examples = [example(draw, 3) for draw in range(50, 600, 10)]
     lengths = []
     for rank in range(2):
         loader = TrainLoader(examples, 1, 1, make_collate("prefix", 0), 42, rank, 2)
         expected = [batch["rows"][0]["input_ids"] for batch in loader]
+        loss = evaluate_loss(lora_model, [loader.collate(examples[:1])], "cpu")
         lengths.append(compile_layers(lora_model, loader, "prefix", 0, False, None, 2 * loader.steps_per_epoch)[0])
+        assert evaluate_loss(lora_model, [loader.collate(examples[:1])], "cpu") == pytest.approx(loss, rel=1e-5)
         rows = [batch["rows"][0]["input_ids"] for batch in loader]
         assert all(torch.equal(a[0, : b.shape[1]], b[0]) for a, b in zip(rows, expected, strict=True))
         assert {row.shape[1] for row in rows} <= set(lengths[0])
-    assert lengths[0] == lengths[1]
+    assert lengths[0] == lengths[1] and lengths[0][-1] - 128 < max(len(e.prompt_ids) for e in examples) < lengths[0][-1]
 
 
 def test_all_rows_of_a_run_are_counted_if_there_is_time(lora_model, capsys):
@@ -144,10 +148,10 @@ def test_all_rows_of_a_run_are_counted_if_there_is_time(lora_model, capsys):
 
     lengths = [128]
     collate = make_collate("plain", 0, lengths, longer=next_length)
-    for draw in (60, 300, 200):
+    for draw in (60, 300, 200, 384 - 2, 512 - 2):  # the last two are as long as a length is
         (row,) = collate([example(draw, 3)])
         assert row["input_ids"].shape[1] in lengths
-    assert lengths == [128, 384]
+    assert lengths == [128, 384, 512]
     assert capsys.readouterr().err.count("为行长 384 再编译一次") == 1
 
 
@@ -319,9 +323,24 @@ def test_padding_of_a_row_reaches_no_loss(lora_model, mixed):
     row = tree_row(mixed)
     loss, gradients = loss_and_gradients(lora_model, [[to_tensors(row)]], tokens)
     padded = to_tensors(row, length=len(row["input_ids"]) + 37)
+    mask = tree_mask(padded["enter"][0], padded["exit"][0])
+    assert torch.equal(mask[-37:], torch.eye(len(mask), dtype=torch.bool)[-37:])  # each sees itself alone
     padded_loss, padded_gradients = loss_and_gradients(lora_model, [[padded]], tokens)
     assert padded_loss == pytest.approx(loss, rel=1e-6)
     assert all((g - padded_gradients[n]).norm() <= 1e-5 * g.norm() for n, g in gradients.items())
+
+
+def test_attention_in_bf16_is_that_of_float32(mixed):
+    """On a CPU it is written out. Four heads share two of keys and values."""
+    row = to_tensors(tree_row(mixed))
+    torch.manual_seed(0)
+    heads = [torch.randn(1, count, row["enter"].shape[1], 16) for count in (4, 2, 2)]
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        tree = plan_attention(row["enter"], row["exit"], dtype)
+        given = (tensor.to(dtype) for tensor in heads)
+        outputs.append(tree_attention(None, *given, None, scaling=0.5, tree=tree)[0].float())
+    assert (outputs[1] - outputs[0]).norm() < 0.01 * outputs[0].norm()
 
 
 def test_stock_inputs_give_the_same_loss(lora_model, mixed):
