@@ -14,6 +14,7 @@ from alpaca.scoring.calibration import (
     bins,
     calibration_error,
     calibration_text,
+    error_interval,
     fit,
     fit_rows,
     log_loss,
@@ -25,6 +26,7 @@ from alpaca.scoring.calibration import (
     with_confidence,
     write_calibration,
 )
+from alpaca.scoring.metrics import RESAMPLES
 
 
 def entities(count, slope, intercept, seed=0):
@@ -141,6 +143,26 @@ def test_rated():
     assert elsewhere["error"] == pytest.approx(elsewhere["error_raw"])  # that calibration says what is there already
     text = calibration_text(figures)
     assert f"未校准 {figures['error_raw']:.3f}，校准后 {figures['error']:.3f}（2000 个实体）" in text
+
+
+def test_the_fewest_entities_that_are_calibrated_are_rated():
+    """Each fold is fitted on fewer."""
+    rows = rows_of(*entities(FEWEST, 1.0, 0.0))
+    assert rate_confidence(rows, fit_rows(rows), own=True).figures["error"] > 0
+
+
+def test_the_interval_is_that_of_rows_drawn_anew():
+    logs, right = entities(60, 0.5, -1.0)
+    numbers, sure = scored(rows_of(logs, right, per_row=3)).rows, numpy.exp(logs)
+    draw, errors = numpy.random.default_rng(0), []
+    for _ in range(RESAMPLES):
+        chosen = numpy.concatenate([numpy.flatnonzero(numbers == row) for row in draw.integers(20, size=20)])
+        errors.append(calibration_error(sure[chosen], right[chosen]))
+    errors.sort()
+    low, high = error_interval(numbers, sure, right)
+    assert [sum(error < bound for error in errors) / RESAMPLES for bound in (low, high)] == pytest.approx(
+        [0.025, 0.975]
+    )
 
 
 def test_rated_without_a_calibration_or_entities():
