@@ -142,7 +142,7 @@ def test_all_rows_of_a_run_are_counted_if_there_is_time(lora_model, capsys):
         loader.set_epoch(1)
     met += [row["input_ids"].shape[1] for loader in loaders for batch in loader for row in batch["rows"]]
     lengths, complete = row_lengths(loaders[0], "prefix", 2 * loaders[0].steps_per_epoch)
-    assert complete and sorted(lengths) == sorted(met)
+    assert complete and sorted(lengths) == sorted(met) and max(loader.longest for loader in loaders) == max(met)
     first, complete = row_lengths(loaders[0], "prefix", 2 * loaders[0].steps_per_epoch, seconds=-1)
     assert not complete and len(first) == 6 and set(first) <= set(met)
 

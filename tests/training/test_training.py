@@ -33,7 +33,7 @@ from alpaca.training.adapter_writer import BestScore
 from alpaca.training.batches import TrainLoader
 from alpaca.training.checkpoints import checkpoint_to_resume
 from alpaca.training.evaluate import evaluate_f1
-from alpaca.training.lora import add_lora, check_options
+from alpaca.training.lora import add_lora, check_options, for_answers
 from alpaca.training.loss import answer_loss, evaluate_loss
 from alpaca.training.prefix_tree import make_collate, pad_batch
 from alpaca.training.run_log import TrainLog, series_of
@@ -86,6 +86,18 @@ def test_accumulation_and_ranks_give_the_gradient_of_one_large_batch(lora_model,
         assert (part_gradient - gradient).norm() < 1e-6 * gradient.norm()
 
 
+def test_a_fresh_lora_is_what_the_options_say(base_dir):
+    def fresh(**changes):
+        settings = SimpleNamespace(**{**vars(lora_settings()), **changes})
+        return add_lora(load_base(base_dir, torch.float32, "cpu"), settings)
+
+    first = fresh()
+    assert torch.equal(first.lora, fresh().lora) and not torch.equal(first.lora, fresh(seed=43).lora)
+    assert {name.split(".")[-4] for name in first.lora_shapes} == {"q_proj", "o_proj", "down_proj"}
+    config = fresh(lora_r=3, lora_alpha=5, lora_dropout=0.3, lora_target_modules=["v_proj"]).peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 5, 0.3, {"v_proj"})
+
+
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base_dir, examples):
     batch = next(iter(TrainLoader(examples, 12, 1, make_collate("prefix", 0), 42)))
 
@@ -113,6 +125,24 @@ def test_loss_is_the_mean_over_answer_tokens(lora_model, examples):
             tokens += len(answer)
     batches = [[pad_batch(examples[i : i + 6], 0)] for i in range(0, len(examples), 6)]
     assert evaluate_loss(lora_model, batches, "cpu") == pytest.approx(summed / tokens, rel=1e-6)
+
+
+def test_an_evaluation_drops_nothing_and_the_training_goes_on_as_it_was(base_dir, examples):
+    """Both for the dev loss and for answers, which are computed with the LoRA where DeepSpeed has moved it."""
+    model = add_lora(load_base(base_dir, torch.float32, "cpu"), lora_settings(lora_dropout=0.5))
+    torch.nn.init.normal_(model.lora)
+    batches = [[pad_batch(examples[:6], 0)]]
+    losses = {evaluate_loss(model, batches, "cpu") for _ in range(2)}
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert losses == {evaluate_loss(model, batches, "cpu")} and not model.training
+    model.train()
+    model.lora.data = model.lora.data + 1
+    with for_answers(model):
+        assert not any(module.training for module in model.modules())
+        held = torch.cat([module.weight.flatten() for module in model.lora_modules])
+        assert torch.equal(held, model.lora.data)
+    assert all(module.training for module in model.modules())
 
 
 def test_warmup_never_stands_still_and_ends_near_zero():
@@ -364,10 +394,13 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
         example.update(answer=row["prediction"], entities=None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
-    f1 = evaluate_f1(model, tokenizer, examples, args, facts)
+    steps = []
+    f1 = evaluate_f1(model, tokenizer, examples, args, facts, lambda: steps.append(False))
     rows = [row for ended in answer.in_turn(examples) for row in ended]
     assert f1 == score(rows, facts["labels"])["string"]["micro"]["f1"] > 0.3
     assert model.training and all(layer.training for layer in model.modules())
+    steps[-1] = True  # stopped when some are answered: no score of these alone
+    assert evaluate_f1(model, tokenizer, examples, args, facts, iter(steps).__next__) is None
 
     answered = []  # by rank 0, then by both
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -408,7 +441,7 @@ def test_what_can_be_resumed(tmp_path):
         (["--compile=yes"], "--compile=yes: expected auto, True, False"),
         (["--save_dir=data"], "--save_dir=.*data: holds other files"),
         (["--best=f1"], "--best=f1 needs answers to score; give --eval_examples=200"),
-        (["--best=loss", "--eval_steps=-1"], "--best=loss needs evaluations; give --eval_steps=500"),
+        (["--best=loss", "--eval_steps=0"], "--best=loss needs evaluations; give --eval_steps=500"),
         (["--best=newest"], "--best=newest: expected last, f1, loss"),
         (["--eval_examples=9", "--deepspeed_zero_optimization_stage=3"], "--eval_examples: with ZeRO-3 no process has"),
         (["--lora_r=abc"], "--lora_r: expected int, got 'abc'"),
@@ -460,6 +493,10 @@ def checked(base_dir, monkeypatch):
         ("lora_dropout=1", "0 or more and less than 1"),
         ("lora_alpha=0", "more than 0"),
         ("lora_r=0", "1 or more"),
+        *((f"{name}=0", "1 or more") for name in ("gradient_accumulation_steps", "num_train_epochs", "log_steps")),
+        *((f"{name}=-2", "1 or more, or -1") for name in ("max_steps", "save_steps")),
+        ("eval_examples=-1", "0 or more"),
+        ("deepspeed_optimizer_params_eps=0", "more than 0"),
         ("warmup_ratio=100", "0 to 1, a share of the steps and not their number"),
         ("warmup_ratio=-0.1", "0 to 1, a share of the steps and not their number"),
         ("max_seq_length=0", "1 or more"),
@@ -491,6 +528,9 @@ def test_values_at_the_ends_of_their_ranges(checked):
 
 
 def test_a_layer_that_the_base_lacks(checked):
-    """PEFT would train the one that is there."""
+    """PEFT would train the one that is there. Half a name is none; embeddings are not for it."""
     with pytest.raises(UserError, match="no linear layer 'query_key_value'; there are down_proj, "):
         checked("--lora_target_modules=q_proj,query_key_value")
+    for name in ("proj", "embed_tokens"):
+        with pytest.raises(UserError, match=f"no linear layer '{name}'"):
+            checked(f"--lora_target_modules={name}")
