@@ -123,4 +123,4 @@ def eval_batches(examples, batch_size, collate, rank=0, world_size=1):
     """Every example once, in file order: this rank's collated rows. All ranks get equally many, perhaps empty, batches."""
     for start in range(0, len(examples), batch_size * world_size):
         begin = start + rank * batch_size
-        yield collate(examples[begin : min(begin + batch_size, start + batch_size * world_size)])
+        yield collate(examples[begin : begin + batch_size])
