@@ -148,6 +148,18 @@ def test_who_stops_stops_nobody_else(shared, loaded, monkeypatch):
     assert len(again) == 2
 
 
+def test_it_ends_while_it_is_asked(shared, loaded):
+    """What was asked is not answered to its end before the page can close."""
+    file = shared.answer("a", iter(many(loaded[1], 60)), threading.Event())
+    next(file)
+    closing = threading.Thread(target=shared.close)
+    closing.start()
+    closing.join(20)
+    has_ended = not closing.is_alive() and shared.jobs
+    file.close()
+    assert has_ended
+
+
 def test_adapters_take_turns(shared, loaded, monkeypatch):
     """The one that waited longest is next, and a short job is done before a long one of the other adapter."""
     monkeypatch.setattr(sharing, "TURN_SECONDS", 0.05)
