@@ -14,7 +14,14 @@ from alpaca.common.errors import UserError
 from alpaca.models.templates import TokenizedExample
 from alpaca.models.tokenizer import EOS
 from alpaca.training.batches import TrainLoader, added_tokens, eval_batches, optimizer_steps
-from alpaca.training.cuda_graphs import choose_lengths, compile_layers, mask_buffers, next_length, row_lengths
+from alpaca.training.cuda_graphs import (
+    CompiledLayers,
+    choose_lengths,
+    compile_layers,
+    mask_buffers,
+    next_length,
+    row_lengths,
+)
 from alpaca.training.lora import lora_weights
 from alpaca.training.loss import answer_loss, evaluate_loss, model_inputs
 from alpaca.training.prefix_tree import (
@@ -131,6 +138,18 @@ def test_all_ranks_pad_to_the_same_lengths(lora_model):
         assert all(torch.equal(a[0, : b.shape[1]], b[0]) for a, b in zip(rows, expected, strict=True))
         assert {row.shape[1] for row in rows} <= set(lengths[0])
     assert lengths[0] == lengths[1] and lengths[0][-1] - 128 < max(len(e.prompt_ids) for e in examples) < lengths[0][-1]
+
+
+def test_a_compiled_row_has_its_own_mask(lora_model):
+    """Each of two of one length: an example that fills it, and two that see nothing of each other."""
+    layers, order = CompiledLayers(lora_model, [256], False, None), torch.arange(256)
+    for examples in ([example(254, 3)], [example(126, 3)] * 2):
+        row = to_tensors(tree_row(examples, share=False))
+        assert layers.load_mask(row["enter"], row["exit"])
+        mask = layers.masks[256][1]
+        assert torch.equal(mask.mask_mod(0, 0, order[:, None], order), tree_mask(row["enter"][0], row["exit"][0]))
+        for name, buffer in mask_buffers(row["enter"][0], row["exit"][0]).items():
+            assert torch.equal(getattr(mask, name), buffer), name
 
 
 def test_all_rows_of_a_run_are_counted_if_there_is_time(lora_model, capsys):

@@ -123,7 +123,7 @@ def test_loss_is_the_mean_over_answer_tokens(lora_model, examples):
             for k, target in enumerate(answer):
                 summed -= logits[len(prompt) + k - 1, target].item()
             tokens += len(answer)
-    batches = [[pad_batch(examples[i : i + 6], 0)] for i in range(0, len(examples), 6)]
+    batches = [[pad_batch(examples[i : i + 3], 0), pad_batch(examples[i + 3 : i + 6], 0)] for i in range(0, 29, 6)]
     assert evaluate_loss(lora_model, batches, "cpu") == pytest.approx(summed / tokens, rel=1e-6)
 
 
@@ -136,6 +136,9 @@ def test_an_evaluation_drops_nothing_and_the_training_goes_on_as_it_was(base_dir
     assert all(module.training for module in model.modules())
     model.eval()
     assert losses == {evaluate_loss(model, batches, "cpu")} and not model.training
+    with for_answers(model):
+        pass
+    assert not model.training
     model.train()
     model.lora.data = model.lora.data + 1
     with for_answers(model):
@@ -508,6 +511,7 @@ def checked(base_dir, monkeypatch):
         ("deepspeed_gradient_clipping=-1", "0 or more"),
         ("deepspeed_optimizer_params_betas=0.9", "two numbers"),
         ("deepspeed_optimizer_params_betas=0.9,1.0", "two numbers"),
+        ("deepspeed_optimizer_params_betas=0.9,0.95,0.9", "two numbers"),
     ],
 )
 def test_a_value_out_of_its_range(checked, option, expected):
@@ -525,6 +529,7 @@ def test_values_at_the_ends_of_their_ranges(checked):
         "--deepspeed_gradient_clipping=0",
         "--lora_target_modules=0.mlp.up_proj",
     )
+    checked("--deepspeed_zero_optimization_stage=3", "--eval_examples=0")
 
 
 def test_a_layer_that_the_base_lacks(checked):
