@@ -36,7 +36,8 @@ lint: .venv/tools
 	$(if $(filter 3.11.% 3.12.%,$(lastword $(FOUND))),,$(error $(PYTHON): $(FOUND); Python 3.11 or 3.12 is needed, e.g. make PYTHON=python3.12 $(MAKECMDGOALS)))
 	$(PYTHON) -m venv .venv
 	python -m pip install --upgrade pip
-	python -m pip install -r requirements.txt
+	python -m pip install --no-compile -r requirements.txt
+	python -m compileall -qq -j 0 .venv/lib || true  # on every core; pip takes one. Some files are for other Pythons
 	touch $@
 
 .venv/tools: .venv/installed requirements-dev.txt
