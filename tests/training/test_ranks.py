@@ -106,8 +106,12 @@ def terminate_second_rank(run, pid):
         return
     (second,) = first.children()
     second.terminate()
+    late = time.monotonic() + 60
     try:
         while second.status() != psutil.STATUS_ZOMBIE:
+            if time.monotonic() > late:  # one waits for the other, which goes on
+                second.kill()
+                first.kill()
             time.sleep(0.002)
         first.terminate()
     except psutil.NoSuchProcess:  # both have ended
