@@ -73,15 +73,26 @@ class RowFile:
     def write(self, row):
         if not self.begun:
             self.begin()
-        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
+        with named(self.path):
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.file.flush()
         self.count += 1
+
+
+@contextmanager
+def named(path):
+    """An OSError of an open file, as of a full disk, has no name: give it this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def rewrite(path, rows):
     """Replace the rows of a file that is whole; one that ends early leaves the old ones."""
     new = Path(path).with_name(Path(path).name + ".new")
-    with new.open("w", encoding="utf-8") as file:
+    with named(new), new.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())

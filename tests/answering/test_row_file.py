@@ -1,5 +1,6 @@
 """What a file of rows says of how it was made.     python -m pytest tests/answering/test_row_file.py"""
 
+import errno
 import json
 import re
 import shutil
@@ -109,3 +110,14 @@ def test_what_ends_before_its_first_row_has_lost_nothing(tmp_path, facts, capsys
         file.write({"n": 2})
         assert not metrics.exists()
     assert path.read_text() == '{"n": 2}\n'
+
+
+def test_a_full_disk_is_named(tmp_path, facts):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError) as error, row_file(tmp_path / "rows.jsonl", facts, 3, False) as file:
+        file.write({"n": 1})
+        file.file = SimpleNamespace(write=len, flush=full)
+        file.write({"n": 2})
+    assert error.value.filename == str(tmp_path / "rows.jsonl")
