@@ -21,6 +21,10 @@ Group = namedtuple("Group", "tokens slots mask real")
 # begins: where each row's tokens begin in the step, and the end; keys: where its slots begin; used: how many of its
 # places count; spans: where each prefix's tokens begin in the step, and the end; shared_keys: the same in `shared`.
 Flash = namedtuple("Flash", "where begins keys used spans shared_keys")
+# A dense step computes a multiple of so many tokens and looks at a multiple of so many places. Kernels like that, and most
+# of a CPU's then give a row the same numbers in float32 whatever is computed beside it, by one thread or by two: they
+# compute what is left of a vector, and matrices of few rows, in another way.
+ALIGNED = 16
 LONGEST_PART = 128  # tokens of one row in a step that flash attention computes: one block of its kernel
 
 
@@ -36,17 +40,18 @@ def step_attention(
 
 
 def merged(own, own_sums, shared, shared_sums):
-    """Two attentions as one: outputs [..., size], the logarithms of the sums of their weights [...] in float32."""
+    """Two attentions as one: outputs [..., size], the logarithms of the sums of their weights [...]."""
     share = torch.sigmoid(shared_sums - own_sums).unsqueeze(-1)
-    return torch.lerp(own.float(), shared.float(), share).to(own.dtype)
+    return torch.lerp(own.float(), shared.float(), share.float()).to(own.dtype)
 
 
 def _dense(step, kept, shared, query, key, value, scaling):
     heads, tokens, size = query.shape
+    real = len(step.where) // len(key)  # tokens; the others fill the step up
     for memory, new in zip(kept, (key, value), strict=True):
-        memory.flatten(0, 2).index_copy_(0, step.where, new.transpose(0, 1).flatten(0, 1))
-    together = query.new_empty(tokens, heads, size)
-    sums = query.new_empty(tokens, heads, dtype=torch.float32) if step.spans else None
+        memory.flatten(0, 2).index_copy_(0, step.where, new[:, :real].transpose(0, 1).flatten(0, 1))
+    together = query.new_zeros(tokens, heads, size)
+    sums = query.new_zeros(tokens, heads, dtype=torch.float64) if step.spans else None
     for group in step.groups:
         out, logarithms = _attend_group(kept, group, query, scaling)
         where, real = group.tokens, group.real
@@ -56,11 +61,14 @@ def _dense(step, kept, shared, query, key, value, scaling):
         if sums is not None:
             sums[where] = logarithms
     for begin, end, first, last in step.spans:
+        asking = query[:, begin:end]
+        asking = torch.cat([asking, asking[:, -1:].expand(-1, (begin - end) % ALIGNED, -1)], dim=1)
         # the heads that share a key, one behind the other
-        grouped = query[:, begin:end].reshape(len(shared[0]), -1, size)
+        grouped = asking.reshape(len(shared[0]), -1, size)
         out, logarithms = _weighted(torch.bmm(grouped, shared[0][:, first:last].mT) * scaling, shared[1][:, first:last])
         out, logarithms = out.view(heads, -1, size).transpose(0, 1), logarithms.view(heads, -1).T
-        together[begin:end] = merged(together[begin:end], sums[begin:end], out, logarithms)
+        own = together[begin:end], sums[begin:end]
+        together[begin:end] = merged(*own, out[: end - begin], logarithms[: end - begin])
     return together
 
 
@@ -85,13 +93,13 @@ def _attend_group(kept, group, query, scaling):
 
 def _weighted(scores, values):
     """softmax(scores) @ values, and the logarithms of the softmax's sums: [batch, tokens, keys] -> [batch, tokens, size]
-    and float32 [batch, tokens]."""
+    and float64 [batch, tokens]. In float64 the order in which weights are added is not seen."""
     scores = scores.float()
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
-    sums = weights.sum(dim=-1, keepdim=True)
+    sums = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
     out = torch.bmm(weights.to(values.dtype), values) / sums.to(values.dtype)
-    return out, (largest + sums.log_()).squeeze(-1)
+    return out, (largest + sums.log()).squeeze(-1)
 
 
 def flash_works(device, dtype, size):

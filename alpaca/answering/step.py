@@ -7,14 +7,14 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import AttentionInterface
 
-from alpaca.answering.attention import Dense, Flash, Group, step_attention
+from alpaca.answering.attention import ALIGNED, Dense, Flash, Group, step_attention
 
 # count: how many of a row's tokens a step computes, those behind the `row.read` that are kept.
 Part = namedtuple("Part", "row count")
 # ids, positions, where in the slots: of each token; last: the last token of each row that has nothing more to be read;
 # begins: where each part begins, and the end; prefix_begins: where the tokens of each prefix do, and the end.
 Layout = namedtuple("Layout", "ids positions where last begins prefix_begins")
-ALIGNED = 8  # places that a dense step looks at: a multiple, which kernels like
+FEWEST = 4  # tokens of a prompt that a dense step computes, see ALIGNED
 
 
 class Stepper:
@@ -34,9 +34,11 @@ class Stepper:
         ids, positions, where, last = (
             torch.tensor(values, dtype=torch.long, device=self.device) for values in lists[:4]
         )
-        make = self._dense if self.slots.by_heads else self._flash
-        step = make(parts, where, lists)
-        return self.compute(ids, positions, step, last, self.body.layers)
+        if not self.slots.by_heads:
+            return self.compute(ids, positions, self._flash(parts, where, lists), last, self.body.layers)
+        count, step = len(last), self._dense(parts, where, lists)
+        ids, positions, last = (filled_up(values) for values in (ids, positions, last))
+        return self.compute(ids, positions, step, last, self.body.layers)[:count]
 
     def compute(self, ids, positions, step, last, layers):
         """ids, positions: [tokens]; last: which tokens' logits are asked for; layers: what is called for each layer, on its
@@ -95,6 +97,7 @@ class Stepper:
 
     def _group(self, rows, own, slots, real=None):
         longest = max(count for _, _, count in rows)
+        longest = longest if longest == 1 else max(longest, FEWEST)
         visible = max(row.own(row.read + count) for _, row, count in rows)
         tokens = [begin + min(i, count - 1) for begin, _, count in rows for i in range(longest)]
         if real is None and any(count < longest for _, _, count in rows):
@@ -109,6 +112,11 @@ class Stepper:
         sharing = self.body.config.num_attention_heads // heads
         mask = mask.expand(-1, heads, sharing, -1, -1).reshape(len(rows) * heads, -1, visible)
         return Group(tokens, slots, mask, None if real is None else torch.tensor(real, device=self.device))
+
+
+def filled_up(values):
+    """A multiple of ALIGNED of them, the last one repeated."""
+    return torch.cat([values, values[-1:].expand(-len(values) % ALIGNED)])
 
 
 def lay_out(parts, slots):

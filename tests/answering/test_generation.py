@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering import engine, memory, slots
 from alpaca.answering import generate as generating
@@ -122,6 +122,17 @@ def test_nothing_depends_on_what_is_computed_together(model, tokenizer, prompts,
     # a prompt is read in parts, some beside others
     monkeypatch.setattr(engine, "STEP_TOKENS", 11)
     assert rounded(answers(model, tokenizer, prompts, texts)) == expected
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX2", reason="seen with the kernels for AVX2 alone")
+def test_log_probabilities_are_equal_to_the_last_digit(tokenizer, prompts):
+    """In float32 on a CPU, in sizes that its kernels compute as those of a larger model."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=512, **sizes)
+    model = LlamaForCausalLM(config).eval()
+    found = [answers(model, tokenizer, prompts[0], batch_size=batch_size) for batch_size in (64, 3, 5)]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("constrained", [False, True])
