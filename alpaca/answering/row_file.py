@@ -103,7 +103,8 @@ def rewrite(path, rows):
 def row_file(path, facts, total, resume, remedy="name another file", outdated=()):
     """A RowFile, opened before anything is computed; with resume it holds the rows of the first texts already.
 
-    facts: of made_with. outdated: files that a first row makes those of other rows. Where it ends early, a line says how to go on. UserError where the file was made with other facts.
+    facts: of made_with. outdated: files that a first row makes those of other rows. Where it ends early, a line says how to
+    go on. UserError where the file was made with other facts.
     """
     with open_output(path, remedy) as file, locked(path):
         rows = RowFile(path, file, facts, _rows_written(Path(path), facts, total) if resume else 0, outdated)
