@@ -47,9 +47,9 @@ def merged(own, own_sums, shared, shared_sums):
 
 def _dense(step, kept, shared, query, key, value, scaling):
     heads, tokens, size = query.shape
-    real = len(step.where) // len(key)  # tokens; the others fill the step up
+    written = len(step.where) // len(key)  # tokens; the others fill the step up
     for memory, new in zip(kept, (key, value), strict=True):
-        memory.flatten(0, 2).index_copy_(0, step.where, new[:, :real].transpose(0, 1).flatten(0, 1))
+        memory.flatten(0, 2).index_copy_(0, step.where, new[:, :written].transpose(0, 1).flatten(0, 1))
     together = query.new_zeros(tokens, heads, size)
     sums = query.new_zeros(tokens, heads, dtype=torch.float64) if step.spans else None
     for group in step.groups:

@@ -3,7 +3,8 @@
 The score of an entity is the probability of its line in the answer, under the grammar and without the line's end: with the
 end, or without the grammar's renormalisation, it told right entities from wrong ones less well (AUC on the demo 0.894 for
 0.923, on MSRA 0.830 for 0.850). It ranks entities well, but it is not how often entities like them are right: Platt's
-method (Platt 1999, "Probabilistic Outputs for Support Vector Machines") fits a line to its log-odds; the fit is Newton's, as Lin, Lin and Weng 2007 give it. Rows are those of predictions.jsonl (metrics.py).
+method (Platt 1999, "Probabilistic Outputs for Support Vector Machines") fits a line to its log-odds; the fit is
+Newton's, as Lin, Lin and Weng 2007 give it. Rows are those of predictions.jsonl (metrics.py).
 """
 
 import json
