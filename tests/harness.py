@@ -22,7 +22,9 @@ INSTRUCTION = (
 )
 
 
-def lora_settings(gradient_checkpointing=False, lora_dropout=0.0):
+def lora_settings(
+    gradient_checkpointing=False, lora_dropout=0.0, lora_target_modules=("q_proj", "o_proj", "down_proj")
+):
     """What add_lora reads of a trainer's args."""
     return SimpleNamespace(
         gradient_checkpointing=gradient_checkpointing,
@@ -31,7 +33,7 @@ def lora_settings(gradient_checkpointing=False, lora_dropout=0.0):
         lora_r=4,
         lora_alpha=8,
         lora_dropout=lora_dropout,
-        lora_target_modules=["q_proj", "o_proj", "down_proj"],
+        lora_target_modules=list(lora_target_modules),
     )
 
 

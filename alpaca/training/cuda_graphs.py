@@ -63,16 +63,17 @@ def row_lengths(loader, packing, total_steps, seconds=COUNTED_SECONDS):
     return lengths, True
 
 
-def compile_layers(model, loader, packing, pad_id, graphs, bind, total_steps):
+def compile_layers(model, loader, packing, pad_id, graphs, recompute, bind, total_steps):
     """Compile a PEFT model's layers for the rows that `loader` gives; from then on it pads them to few lengths.
 
     Returns (those lengths, whether they are enough for all rows of the run). A row that is longer gets a length of its
     own when it is met. The lengths are the same on all ranks: one that compiled alone would let the others wait.
+    graphs: whether to capture. recompute: gradient checkpointing in what is captured, of layers that draw no dropout.
     model.lora: the one trainable parameter. bind(flat): lets the layers compute with views of another in its place.
     """
     lengths, complete = from_main(lambda: row_lengths(loader, packing, total_steps))
     lengths = choose_lengths(lengths, spare=not complete)
-    model.compiled_layers = CompiledLayers(model, lengths, graphs, bind)
+    model.compiled_layers = CompiledLayers(model, lengths, graphs, recompute, bind)
     loader.collate = make_collate(packing, pad_id, lengths, longer=next_length)
     return lengths, complete
 
@@ -92,9 +93,10 @@ class CompiledLayers:
     where there is one. The gradient of model.lora goes through autograd as ever, so DeepSpeed's hook on it runs.
     """
 
-    def __init__(self, model, lengths, graphs, bind):
+    def __init__(self, model, lengths, graphs, recompute, bind):
         self.model, self.body = model, model.get_base_model().model
         self.lengths, self.graphs, self.bind = lengths, graphs, bind
+        self.recompute = recompute and graphs
         self.masks, self.graphed, self.length = {}, {}, None  # length: of the row being computed, None: not compiled
         self.proven = False  # whether a compiled row has ever come out
         self.pool = torch.cuda.graph_pool_handle() if graphs else None  # shared: no two lengths are ever in use at once
@@ -112,6 +114,9 @@ class CompiledLayers:
         """Take a row's mask, int tensors [1, length], for the next forward; False if that row is not to be compiled."""
         length = enter.shape[1]
         self.length = length if length in self.lengths and torch.is_grad_enabled() else None
+        if self.recompute:  # transformers would replay the forward graph a second time, in the backward
+            for layer in self.body.layers:
+                layer.gradient_checkpointing = self.length is None
         if self.length is None:
             return False
         self._make_mask(length, enter.device)
@@ -158,6 +163,9 @@ class CompiledLayers:
                         self._make_mask(length, hidden_states.device)
                         longer = (0, 0, 0, length - self.length)
                         self.graphed[length] = self._compiled(length, [pad(tensor, longer) for tensor in inputs])
+                self.bind(
+                    self.model.lora
+                )  # LoRA outside the layers, such as lm_head's, is not computed with what they captured
             self.proven = True
         return _Replay.apply(self.graphed[self.length], *inputs, self.model.lora)
 
@@ -179,12 +187,37 @@ class CompiledLayers:
         inputs = [tensor.detach().clone() for tensor in inputs]
         lora, forward = torch.nn.Parameter(self.model.lora.detach()), None
 
+        def layers():
+            """Each compiled layer as a function of its hidden states, with fresh views of `lora`: made here, since their
+            gradients flow on the stream on which they were made."""
+            self.bind(lora)
+            fixed = {"attention_mask": self.masks[length][1], "position_embeddings": tuple(inputs[1:])}
+            return [partial(layer, **fixed) for layer in self.compiled]
+
         def run():
-            self.bind(lora)  # here, since the views' gradients flow on the stream on which they were made
-            mask, (hidden_states, *rotary) = self._renew_mask(length), inputs
-            for forward in self.compiled:
-                hidden_states = forward(hidden_states, attention_mask=mask, position_embeddings=tuple(rotary))
-            return hidden_states
+            """(the last hidden states, those that enter each layer); with self.recompute nothing else is kept."""
+            self._renew_mask(length)
+            entering, hidden_states = [], inputs[0]
+            for layer in layers():
+                entering.append(hidden_states)
+                hidden_states = layer(hidden_states)
+                if self.recompute:
+                    hidden_states = hidden_states.detach().requires_grad_()
+            return hidden_states, entering
+
+        def gradient_of(output, entering, gradient):
+            """That of `lora`, from the gradient of the output."""
+            if not self.recompute:
+                return torch.autograd.grad(output, lora, gradient)[0]
+            again, found = layers(), {}
+            weights = [module.weight for module in self.model.lora_modules]
+            for layer, hidden_states in zip(reversed(again), reversed(entering), strict=True):
+                wanted = [*weights, hidden_states] if hidden_states.requires_grad else weights
+                gradients = torch.autograd.grad(layer(hidden_states), wanted, gradient, allow_unused=True)
+                found |= {i: part for i, part in enumerate(gradients[: len(weights)]) if part is not None}
+                gradient = gradients[-1]
+            parts = (found[i] if i in found else torch.zeros_like(weight) for i, weight in enumerate(weights))
+            return torch.cat([part.flatten() for part in parts])
 
         try:
             side = torch.cuda.Stream()
@@ -193,10 +226,10 @@ class CompiledLayers:
                 # Compiles, tunes and allocates what must not happen during a capture. Layer by layer, since the
                 # activations of all of them would need their memory twice: here and in the graphs of other lengths.
                 for _ in range(2):
-                    self.bind(lora)
-                    mask, (hidden_states, *rotary) = self._renew_mask(length), inputs
-                    for layer in self.compiled:
-                        output = layer(hidden_states, attention_mask=mask, position_embeddings=tuple(rotary))
+                    self._renew_mask(length)
+                    hidden_states = inputs[0]
+                    for layer in layers():
+                        output = layer(hidden_states)
                         torch.autograd.grad(output, lora, torch.zeros_like(output))
                         hidden_states = output.detach().requires_grad_()
                 del output, hidden_states
@@ -205,10 +238,10 @@ class CompiledLayers:
             forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             # "thread_local": what NCCL's threads do meanwhile is none of the capture's business
             with torch.cuda.graph(forward, pool=self.pool, capture_error_mode="thread_local"):
-                output = run()
+                output, entering = run()
             output_gradient = torch.zeros_like(output)
             with torch.cuda.graph(backward, pool=self.pool, capture_error_mode="thread_local"):
-                (gradient,) = torch.autograd.grad(output, lora, output_gradient)
+                gradient = gradient_of(output, entering, output_gradient)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

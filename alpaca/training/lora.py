@@ -94,8 +94,9 @@ def flatten_lora(model):
 
 
 def _bind_before_forward(model, inputs):
-    """Anew each time, since DeepSpeed moves the parameter's memory; a captured graph has views of its own."""
-    if not (model.compiled_layers and model.compiled_layers.replays):
+    """Anew each time, since DeepSpeed moves the parameter's memory; captured layers have views of their own."""
+    captured = model.compiled_layers and model.compiled_layers.replays
+    if not captured or any(".layers." not in name for name in model.lora_shapes):  # such as lm_head's
         bind_lora(model, model.lora)
 
 
@@ -122,10 +123,9 @@ def compile_for_training(model, loader, args, pad_id, device, total_steps):
                 f"不编译: 需要 CUDA、ZeRO 0–2 和 --packing=prefix 或 plain（现在是 {device.type}, {stage}, {args.packing}）"
             )
         return
-    # recomputing a layer for its gradient cannot be part of a captured graph
-    graphs = not args.gradient_checkpointing
-    bind = partial(bind_lora, model)
-    lengths, complete = compile_layers(model, loader, args.packing, pad_id, graphs, bind, total_steps)
+    recompute, bind = args.gradient_checkpointing, partial(bind_lora, model)
+    graphs = not (recompute and args.lora_dropout)  # a graph that computes a layer again would draw another dropout
+    lengths, complete = compile_layers(model, loader, args.packing, pad_id, graphs, recompute, bind, total_steps)
     counted = "数过全部的行" if complete else "数过一部分的行，遇到更长的会再编译"
     say(f"编译各层，行长 {', '.join(map(str, lengths))}（{counted}）；每种行长第一次出现时要等编译")
 

@@ -43,7 +43,7 @@ def gradient(model, batches):
     return model.lora.grad.clone()
 
 
-@pytest.mark.parametrize("graphs, checkpointing", [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("graphs, checkpointing", [(True, False), (True, True), (False, False), (False, True)])
 def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointing):
     model = lora_model.cuda()
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -52,7 +52,8 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
     together = gradient(model, loader)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lengths, complete = compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model), len(loader))
+    bind = partial(bind_lora, model)
+    lengths, complete = compile_layers(model, loader, "prefix", 0, graphs, checkpointing, bind, len(loader))
     assert complete
     batches = list(loader)
     assert len({row["input_ids"].shape[1] for batch in batches for row in batch["rows"]} & set(lengths)) > 1
@@ -67,6 +68,33 @@ def test_compiled_layers_give_the_same_gradients(lora_model, graphs, checkpointi
         loss = sum(answer_loss(model, **batch) for batch in batches)
     assert torch.isfinite(loss)
     assert (gradient(model, batches[:1]) - expected[0]).norm() < 1e-5 * expected[0].norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora_of_the_head_beside_captured_layers_has_its_gradient(base_dir, checkpointing):
+    settings = lora_settings(lora_target_modules=["q_proj", "lm_head"])
+    model = add_lora(load_base(base_dir, torch.float32, "cuda"), settings)
+    torch.nn.init.normal_(model.lora.data, std=0.05)
+    loader = TrainLoader(examples(16, 0), 8, 1, make_collate("prefix", 0), seed=1)
+    expected = [gradient(model, [batch]) for batch in loader]
+    compile_layers(model, loader, "prefix", 0, True, checkpointing, partial(bind_lora, model), len(loader))
+    for batch, reference in zip(loader, expected, strict=True):
+        assert (gradient(model, [batch]) - reference).norm() < 1e-5 * reference.norm()
+
+
+def test_captured_checkpointing_keeps_less(base_dir):
+    """Between forward and backward, a captured step holds what enters each layer, not what a layer computes."""
+    loader = TrainLoader(examples(64, 0), 64, 1, make_collate("prefix", 0), seed=1)
+    memory = {}
+    for checkpointing in (False, True):
+        model = add_lora(load_base(base_dir, torch.float32, "cuda"), lora_settings())
+        compile_layers(model, loader, "prefix", 0, True, checkpointing, partial(bind_lora, model), len(loader))
+        gradient(model, list(loader))
+        pool = model.compiled_layers.pool
+        segments = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == tuple(pool)]
+        memory[checkpointing] = sum(part["total_size"] for part in segments)
+    print(memory)
+    assert memory[True] < 0.8 * memory[False]
 
 
 def test_memory_of_a_captured_graph_is_not_free():
@@ -84,7 +112,7 @@ def test_memory_of_a_captured_graph_is_not_free():
 def test_a_step_that_captures_has_the_dropout_of_one_that_replays(base_dir, graphs):
     model = add_lora(load_base(base_dir, torch.float32, "cuda"), lora_settings(lora_dropout=0.5))
     loader = TrainLoader(examples(96, 0), 8, 1, make_collate("prefix", 0), seed=1)
-    compile_layers(model, loader, "prefix", 0, graphs, partial(bind_lora, model), len(loader))
+    compile_layers(model, loader, "prefix", 0, graphs, False, partial(bind_lora, model), len(loader))
 
     def step(batch, seed):
         torch.manual_seed(seed)

@@ -132,7 +132,9 @@ def test_all_ranks_pad_to_the_same_lengths(lora_model):
         loader = TrainLoader(examples, 1, 1, make_collate("prefix", 0), 42, rank, 2)
         expected = [batch["rows"][0]["input_ids"] for batch in loader]
         loss = evaluate_loss(lora_model, [loader.collate(examples[:1])], "cpu")
-        lengths.append(compile_layers(lora_model, loader, "prefix", 0, False, None, 2 * loader.steps_per_epoch)[0])
+        lengths.append(
+            compile_layers(lora_model, loader, "prefix", 0, False, False, None, 2 * loader.steps_per_epoch)[0]
+        )
         assert evaluate_loss(lora_model, [loader.collate(examples[:1])], "cpu") == pytest.approx(loss, rel=1e-5)
         rows = [batch["rows"][0]["input_ids"] for batch in loader]
         assert all(torch.equal(a[0, : b.shape[1]], b[0]) for a, b in zip(rows, expected, strict=True))
@@ -142,7 +144,7 @@ def test_all_ranks_pad_to_the_same_lengths(lora_model):
 
 def test_a_compiled_row_has_its_own_mask(lora_model):
     """Each of two of one length: an example that fills it, and two that see nothing of each other."""
-    layers, order = CompiledLayers(lora_model, [256], False, None), torch.arange(256)
+    layers, order = CompiledLayers(lora_model, [256], False, False, None), torch.arange(256)
     for examples in ([example(254, 3)], [example(126, 3)] * 2):
         row = to_tensors(tree_row(examples, share=False))
         assert layers.load_mask(row["enter"], row["exit"])
