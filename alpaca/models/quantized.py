@@ -169,9 +169,16 @@ class _Fp8Product(torch.autograd.Function):
 @torch.library.custom_op("alpaca::fp8_backward", mutates_args=())
 def fp8_backward(g8: torch.Tensor, g_scales: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
     """g8 [rows, out] @ weight [out, in] in bf16; transposed: [in, out]. The cards want the second factor column by column."""
-    weight = weight if transposed else weight.t().contiguous()
+    if not transposed:
+        weight = _transpose()(weight).view(FP8) if weight.is_cuda else weight.t().contiguous()
     ones = torch.ones(1, len(weight), device=g8.device)
-    return torch._scaled_mm(g8, weight.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=False)
+    return torch._scaled_mm(g8, weight.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+@functools.cache
+def _transpose():
+    """As bytes and compiled: torch's own copy of a 7B's weights takes 39 ms, this one 8 (H200)."""
+    return torch.compile(lambda eights: eights.view(torch.uint8).t().contiguous(), dynamic=False)
 
 
 @fp8_backward.register_fake
