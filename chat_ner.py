@@ -15,6 +15,7 @@ start()
 
 import contextlib
 import json
+from pathlib import Path
 
 from alpaca.answering.generate import sampler, stream, without_template
 from alpaca.answering.predictions import make_grammar
@@ -22,7 +23,9 @@ from alpaca.answering.standby import Standby
 from alpaca.common.console import progress, say
 from alpaca.common.devices import pick_device
 from alpaca.common.errors import UserError
+from alpaca.common.folders import check_writable
 from alpaca.common.text_files import SURROGATE
+from alpaca.common.whole_files import written_whole
 from alpaca.corpora.inputs import read_inputs
 from alpaca.models.adapters import find_adapter, open_output
 from alpaca.models.base import check_generation, load_for_inference
@@ -103,7 +106,9 @@ def main(args):
     check_sampling(args)
     alone = args.base_model and args.lora_model == "auto"
     adapter, train_args, facts = find_adapter("demo", "none" if alone else args.lora_model, args.base_model)
-    output = open_output(args.predictions_file) if args.data_file else None
+    if args.data_file:
+        check_writable(Path(args.predictions_file).resolve().parent, "name another file")  # before the weights load
+        open_output(args.predictions_file).close()
     device = "cpu" if args.only_cpu else pick_device(args.gpus or args.devices)
     model, tokenizer = load_for_inference(
         *(adapter, train_args, facts, args.base_model, args.tokenizer_path),
@@ -135,9 +140,8 @@ def main(args):
         for question in progress(questions, desc="回答", unit="条"):
             *_, text = answer(question)
             results.append({"Input": question, "Output": text})
-        with output:
-            output.truncate(0)
-            json.dump(results, output, ensure_ascii=False, indent=2)
+        with written_whole(args.predictions_file) as new:
+            new.write_text(json.dumps(results, ensure_ascii=False, indent=2), encoding="utf-8")
         say(f"{len(results)} 条回答已写到 {args.predictions_file}")
         return
 

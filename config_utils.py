@@ -13,14 +13,13 @@ with `-` differs between Python versions and whose errors are not one line.
 """
 
 import copy
-import errno
 import json
 import os
 import sys
 from typing import NamedTuple
 
 from alpaca.common.deepspeed_file import checked_settings, deepspeed_options, deepspeed_path
-from alpaca.common.errors import ConfigError, UserError, fail
+from alpaca.common.errors import ConfigError, UserError, fail, line_of
 from alpaca.common.option_help import help_text
 from alpaca.common.options import Option, closest, dotted, flatten, kind_of, text_of, value_at, value_of
 
@@ -69,15 +68,6 @@ ALIASES = {
 }
 
 
-REMEDIES = {  # what to do about an OSError
-    errno.ENOSPC: "free some space there and run it again",
-    errno.EDQUOT: "free some space there and run it again",
-    errno.EACCES: "you have no right to it: change its owner or mode, or name another path",
-    errno.EPERM: "you have no right to it: change its owner or mode, or name another path",
-    errno.EROFS: "nothing can be written there; name another path",
-    errno.ENAMETOOLONG: "give it a shorter name",
-    errno.EIO: "the disk fails there; copy the data elsewhere",
-}
 # What a Chinese keyboard types in place of - and =.
 DASHES, EQUALS = "-—–－−", "＝"
 
@@ -184,10 +174,9 @@ def run_script(main, config, file, argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # where what is left goes at exit
         raise SystemExit(1) from None
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and (error.errno is None or error.filename is None):  # a library's own, or a connection
+        if (line := line_of(error)) is None:
             raise
-        fail(f"{error.filename or 'output'}: {error.strerror}; {REMEDIES.get(error.errno, 'name another path')}")
+        fail(line)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

@@ -30,10 +30,10 @@ from alpaca.common.start import start
 start()
 
 import json
-import os
 import random
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 from alpaca.common.errors import UserError
@@ -41,6 +41,7 @@ from alpaca.common.folders import check_writable, hint_of_folders
 from alpaca.common.locks import locked
 from alpaca.common.paths import user_path
 from alpaca.common.text_files import read_jsonl
+from alpaca.common.whole_files import written_whole
 from alpaca.corpora.convert import Task, convert
 from alpaca.corpora.export import export_predictions, newest_predictions
 from alpaca.corpora.formats import FORMATS, detect_format
@@ -123,18 +124,12 @@ def split_off(examples, size, seed):
 
 def write_examples(files):
     """Write {path: examples} as JSON lines, all of the files or none."""
-    new = {path.with_name(path.name + ".new"): path for path in files}
-    try:
-        for (place, path), examples in zip(new.items(), files.values(), strict=True):
+    with ExitStack() as stack:
+        for path, examples in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("w", encoding="utf-8", newline="\n") as file:
+            new = stack.enter_context(written_whole(path))
+            with new.open("w", encoding="utf-8", newline="\n") as file:
                 file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
-    except OSError:
-        for place in new:
-            place.unlink(missing_ok=True)
-        raise
-    for place, path in new.items():
-        os.replace(place, path)
 
 
 def summary(path, examples, names):

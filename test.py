@@ -32,6 +32,7 @@ from alpaca.common.console import progress_or_lines, say
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import read_jsonl
+from alpaca.common.whole_files import written_whole
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import check_generation, load_base_tokenizer
 from alpaca.scoring.calibration import calibration_text
@@ -131,7 +132,8 @@ def measure(args, out, labels, nested, rated, subtitle):
     metrics = score(rows, labels) | {"calibration": rated.figures} if args.metric == "ner" else exact(rows)
     if args.metric != "none":
         text = json.dumps(metrics, ensure_ascii=False, indent=2) + "\n"
-        (out / "metrics.json").write_text(text, encoding="utf-8")
+        with written_whole(out / "metrics.json") as new:
+            new.write_text(text, encoding="utf-8")
     if args.metric == "ner":
         write_report(out / "report.html", rows, metrics, rated, f"{args.data_name} 测试报告", subtitle)
     say(f"结果已写到 {out}/: {'、'.join(WRITTEN[args.metric])}")

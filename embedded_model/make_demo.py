@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
+from alpaca.common.whole_files import written_whole
 from config_utils import run_script
 from embedded_model.sources import ENTITY_TYPES
 from embedded_model.text_maker import ENTITY_FREE_SHARE, TextMaker, plain_text
@@ -66,7 +67,8 @@ def main(args):
     output_dir.mkdir(parents=True, exist_ok=True)
     for name, records in (("train", train), ("dev", dev)):
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        (output_dir / f"{name}.txt").write_text("".join(lines), encoding="utf-8")
+        with written_whole(output_dir / f"{name}.txt") as new:
+            new.write_text("".join(lines), encoding="utf-8")
         counts = {t: sum(e["entity_type"] == t for r in records for e in r["entity_list"]) for t in ENTITY_TYPES}
         empty = sum(not record["entity_list"] for record in records)
         print(f"{output_dir / name}.txt: {len(records)} texts, {empty} without an entity, {counts}")

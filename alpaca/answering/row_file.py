@@ -5,7 +5,7 @@ import json
 import os
 import shlex
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from alpaca.common.console import end_bars, say
 from alpaca.common.devices import pick_precision
 from alpaca.common.errors import UserError
 from alpaca.common.locks import locked
+from alpaca.common.whole_files import named, written_whole
 from alpaca.models.adapter_files import adapter_sha256
 from alpaca.models.adapters import open_output
 from alpaca.models.base import base_folder
@@ -59,16 +60,14 @@ class RowFile:
     def begin(self):
         """What was in it goes now, unless it goes on, and what was made of its rows. A failure up to here has lost
         nothing."""
+        with ExitStack() as stack:
+            if not self.first:
+                note = stack.enter_context(written_whole(_note_of(self.path)))  # before anything goes: it needs room
+                note.write_text(json.dumps(self.facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+                self.file.truncate(0)
+            for path in self.outdated:
+                Path(path).unlink(missing_ok=True)
         self.begun = True
-        for path in self.outdated:
-            Path(path).unlink(missing_ok=True)
-        if not self.first:
-            self.file.truncate(0)
-            note = _note_of(self.path)
-            note.with_name(note.name + ".new").write_text(
-                json.dumps(self.facts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-            )
-            note.with_name(note.name + ".new").replace(note)
 
     def write(self, row):
         if not self.begun:
@@ -79,24 +78,10 @@ class RowFile:
         self.count += 1
 
 
-@contextmanager
-def named(path):
-    """An OSError of an open file, as of a full disk, has no name: give it this one."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
 def rewrite(path, rows):
     """Replace the rows of a file that is whole; one that ends early leaves the old ones."""
-    new = Path(path).with_name(Path(path).name + ".new")
-    with named(new), new.open("w", encoding="utf-8") as file:
+    with written_whole(path) as new, new.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 @contextmanager
@@ -112,14 +97,18 @@ def row_file(path, facts, total, resume, remedy="name another file", outdated=()
             yield rows
             if not rows.begun:  # nothing was left to answer
                 rows.begin()
-            file.flush()
-            os.fsync(file.fileno())
+            with named(path):
+                file.flush()
+                os.fsync(file.fileno())
         except BaseException:
             if rows.begun:
                 end_bars()
                 command = [word for word in sys.argv if not word.startswith(("--resume", "--local_rank"))]
                 say(f"{path} 里有 {rows.count} 条，接着做: python {shlex.join([*command, '--resume'])}")
             raise
+        finally:
+            with named(path):
+                file.close()  # which writes again what could not be written
 
 
 def _note_of(path):

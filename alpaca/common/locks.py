@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alpaca.common.console import say
-from alpaca.common.errors import UserError
+from alpaca.common.errors import FULL, REMEDIES, UserError
 
 HELD = set()  # descriptors of the locks that this process holds
 # A fork would go on to hold the locks of a process that was killed. Programs that are started do not get the descriptors.
@@ -29,9 +29,8 @@ def locked(path):
         lock.parent.mkdir(parents=True, exist_ok=True)
         file = _hold(lock, path)
     except OSError as error:
-        raise UserError(
-            f"{lock}: cannot be made ({error.strerror}); make its folder writable, or name another"
-        ) from None
+        remedy = REMEDIES[error.errno] if error.errno in FULL else "make its folder writable, or name another"
+        raise UserError(f"{lock}: cannot be made ({error.strerror}); {remedy}") from None
     HELD.add(file)
     try:
         yield
@@ -63,6 +62,11 @@ def _hold(lock, path):
         if lock.exists() and os.path.samestat(os.fstat(file), lock.stat()):
             os.ftruncate(file, 0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            os.write(file, f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
+            try:
+                os.write(file, f"{socket.gethostname()}, process {os.getpid()}, since {since}\n".encode())
+            except OSError:  # as of a full disk
+                lock.unlink()
+                os.close(file)
+                raise
             return file
         os.close(file)

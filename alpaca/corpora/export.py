@@ -9,13 +9,12 @@ Offsets are characters, ends exclusive. Every type is written by its tag, so tha
 
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from alpaca.common.errors import UserError
 from alpaca.common.text_files import read_jsonl
+from alpaca.common.whole_files import written_whole
 
 DOCUMENT = 50  # texts of a brat document: it is shown on one page
 INTERFACE = '<View><Labels name="label" toName="text">{labels}</Labels><Text name="text" value="$text"/></View>'
@@ -140,10 +139,8 @@ def export_predictions(tool, source, labels):
     predictions = read_predictions(source, labels)
     if tool == "brat":
         _check_brat(source, predictions, labels)
-    new = path.with_name(path.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)  # a folder that an export left when it was cut off
-    write(new, predictions, labels)
-    os.replace(new, path)
+    with written_whole(path, folder=tool == "brat") as new:
+        write(new, predictions, labels)
     spans = sum(len(row.spans) for row in predictions)
     lines = [f"{path}：{len(predictions)} 句，{spans} 个预标注，来自 {source}"]
     unanswered = sum(not row.answered for row in predictions)

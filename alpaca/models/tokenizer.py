@@ -13,6 +13,7 @@ from transformers import SentencePieceBackend
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import refuse_failed_download
 from alpaca.common.folders import hint_of_folders
+from alpaca.common.whole_files import written_whole
 from alpaca.models.fast_tokenizer import FastTokenizer, read_settings
 from alpaca.models.templates import CHAT, TEMPLATES, chat_template, check_name, choose_name, make_frame
 
@@ -173,8 +174,10 @@ def save_tokenizer(vocab_file, out_dir):
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if Path(vocab_file).resolve() != (out_dir / "tokenizer.model").resolve():
-        copyfile(vocab_file, out_dir / "tokenizer.model")
+        with written_whole(out_dir / "tokenizer.model") as new:
+            copyfile(vocab_file, new)
     config = {"tokenizer_class": "SentencePieceBackend", **_special_tokens(vocab_file), "backend": "sentencepiece"}
     if chat := _chat_source(Path(vocab_file).parent):
         config["chat_template"] = chat
-    (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with written_whole(out_dir / "tokenizer_config.json") as new:
+        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -10,8 +10,9 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, line_of
 from alpaca.common.text_files import SURROGATE
+from alpaca.common.whole_files import named
 from alpaca.corpora.inputs import ASKED, read_texts
 from alpaca.page.marks import PREVIEWED, colours_of, entity_lines, heads_of, odd_answer, pieces_of
 
@@ -50,12 +51,15 @@ def make_events(gr, models, max_text):
 
     @contextmanager
     def refusing(path="", shown=escape):
-        """A UserError becomes a message on the page, with the name of an uploaded file instead of its path here. shown: str
-        for the HTTP API, where it is no HTML."""
+        """A UserError, and what a full disk raises, becomes a message on the page, with the name of an uploaded file instead
+        of its path here. shown: str for the HTTP API, where it is no HTML."""
         try:
             yield
-        except UserError as error:
-            message = str(error).replace(path, Path(path).name) if path else str(error)
+        except (UserError, OSError) as error:
+            message = line_of(error) if isinstance(error, OSError) else str(error)
+            if message is None:
+                raise
+            message = message.replace(path, Path(path).name) if path else message
             raise gr.Error(shown(message), title="不行", duration=None, print_exception=False) from None
 
     def checked(text, where=""):
@@ -81,7 +85,7 @@ def make_events(gr, models, max_text):
         """Yield (texts that are done, all texts, rows), the rows written into `output`; none is computed of a bad file."""
         total = sum(not stop.is_set() for _ in texts_of(path))
         done = 0
-        with open(output, "w", encoding="utf-8") as file:
+        with named(output.name), open(output, "w", encoding="utf-8") as file:
             for step in models.answer_texts(choice, texts_of(path), stop):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in step.rows)
                 done += len(step.rows)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy
 
 from alpaca.common.errors import UserError
+from alpaca.common.whole_files import written_whole
 from alpaca.scoring.metrics import RESAMPLES, strings_of
 
 FEWEST = 200  # entities; two parameters fitted on fewer say more of chance than of the model
@@ -227,9 +228,8 @@ def write_calibration(folder, calibration, adapter_sha256, rows):
         return
     counts = {"entities": len(found.rows), "right": int(found.right.sum())}
     facts = {**calibration._asdict(), "adapter_sha256": adapter_sha256, **counts}
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    with written_whole(path) as new:
+        new.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def read_calibration(folder, adapter_sha256=None):

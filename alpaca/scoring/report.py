@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from alpaca.common.whole_files import written_whole
 from alpaca.scoring.errors import KINDS, confusion, errors, precision_recall, suspects
 from alpaca.scoring.metrics import PROBLEMS, VIEWS, Span, percents, rate_texts, types_and_total
 
@@ -45,7 +46,8 @@ def write_report(path, rows, metrics, rated, title, subtitle):
         errors=error_values(rows),
         suspects=suspect_values(rows),
     )
-    path.write_text(page + "\n", encoding="utf-8")
+    with written_whole(path) as new:
+        new.write_text(page + "\n", encoding="utf-8")
 
 
 def score_values(metrics):

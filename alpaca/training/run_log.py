@@ -32,7 +32,8 @@ class TrainLog:
             from torch.utils.tensorboard import SummaryWriter  # check_options has looked for it
 
             # Of a run that is resumed, what was logged after its checkpoint is no part of what follows.
-            self.board = SummaryWriter(self.path.with_name("tensorboard"), purge_step=first_step + 1)
+            with saving(folder := self.path.with_name("tensorboard")):
+                self.board = SummaryWriter(folder, purge_step=first_step + 1)
 
     def step(self):
         """One optimizer step has ended."""
@@ -94,7 +95,8 @@ class TrainLog:
         say_peak("训练结束，")
         self.bar.close()
         if self.board:
-            self.board.close()
+            with saving(self.path.with_name("tensorboard")):
+                self.board.close()
 
 
 def say_peak(when):

@@ -6,7 +6,7 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from alpaca.common.errors import UserError
+from alpaca.common.errors import UserError, file_of
 from alpaca.common.folders import check_writable
 from alpaca.common.locks import locked
 from alpaca.models.facts import TRAIN_ARGS
@@ -96,7 +96,8 @@ def _check_room(work, path, specs):
 
 def _explained(error, path):
     """An OSError while the model was written -> a UserError. It may be a file that is read which is at fault."""
-    file = Path(error.filename) if isinstance(error.filename, str | os.PathLike) else path
+    named = file_of(error)
+    file = Path(named) if isinstance(named, str | os.PathLike) else path
     if not file.resolve().is_relative_to(path.parent / f"{path.name}.tmp") and not file.resolve().is_relative_to(path):
         return UserError(f"{file}: cannot be read ({error.strerror}); correct its permissions or its disk")
     return UserError(f"--output_dir={path}: cannot be written ({error.strerror}); name another disk")

@@ -1,8 +1,8 @@
 """What a file of rows says of how it was made.     python -m pytest tests/answering/test_row_file.py"""
 
-import errno
 import json
 import re
+import resource
 import shutil
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from alpaca.answering.row_file import made_with, row_file
-from alpaca.common.errors import UserError
+from alpaca.common.errors import FULL, UserError
 from alpaca.models.base import load_base_tokenizer
 
 
@@ -112,12 +112,23 @@ def test_what_ends_before_its_first_row_has_lost_nothing(tmp_path, facts, capsys
     assert path.read_text() == '{"n": 2}\n'
 
 
-def test_a_full_disk_is_named(tmp_path, facts):
-    def full():
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_full_disk_is_named(tmp_path, facts, request):
+    """No file may be larger than 3000 bytes; what could not be written is written once more where the file is closed."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     with pytest.raises(OSError) as error, row_file(tmp_path / "rows.jsonl", facts, 3, False) as file:
-        file.write({"n": 1})
-        file.file = SimpleNamespace(write=len, flush=full)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+        file.write({"n": "1"})
+        file.write({"n": "2" * 4000})
+    assert error.value.filename == str(tmp_path / "rows.jsonl") and error.value.errno in FULL
+
+
+def test_where_there_is_no_room_for_a_run_the_rows_before_stay(tmp_path, facts):
+    path, metrics = tmp_path / "rows.jsonl", tmp_path / "metrics.json"
+    write(path, facts, [{"n": 1}])
+    metrics.write_text("{}")
+    path.with_name("rows.jsonl.run.json.new").symlink_to("/dev/full")
+    with pytest.raises(OSError) as error, row_file(path, facts, 3, False, outdated=[metrics]) as file:
         file.write({"n": 2})
-    assert error.value.filename == str(tmp_path / "rows.jsonl")
+    assert error.value.filename == str(path) + ".run.json"
+    assert path.read_text() == '{"n": 1}\n' and metrics.exists()

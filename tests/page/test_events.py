@@ -1,6 +1,7 @@
 """What ends a job of the page, and what is too long for it; without a server.     python -m pytest tests/page/test_events.py"""
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,15 @@ def test_a_text_may_be_as_long_as_max_text(tmp_path):
         with pytest.raises(UserError, match=f"第 1 条：文本有 {MAX_TEXT + 1} 个字，最多 {MAX_TEXT} 个"):
             list(events.answer_file(str(file), "", REQUEST, progress))
     assert len(asked) == 1
+
+
+def test_a_full_disk_is_said_on_the_page(tmp_path, monkeypatch):
+    file = write_jsonl(tmp_path / "texts.jsonl", [{"text": "京"}])
+    (tmp_path / "texts.entities.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda: nullcontext(tmp_path))
+    events = events_of(lambda *_: iter([Answered(1, 1, [{"text": "京", "entities": []}])]))
+    with pytest.raises(UserError, match="^texts.entities.jsonl: No space left on device; free some space"):
+        list(events.answer_file(str(file), "", REQUEST, progress))
 
 
 def test_an_adapter_that_is_calibrated_anew_is_read_anew(tmp_path):

@@ -261,6 +261,15 @@ def test_the_time_that_is_left_the_speed_and_the_memory_are_said(tmp_path, monke
     assert said == ["第 1 步后显存峰值 40.0 GiB", left, "训练结束，显存峰值 162.0 GiB"]
 
 
+def test_tensorboard_has_no_room(tmp_path, monkeypatch):
+    def full(*_, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", full)
+    with pytest.raises(UserError, match="tensorboard: cannot be written .*No space left.* --resume"):
+        TrainLog(tmp_path, TrainLoader([None] * 9, 3, 1, list, 42), 3, tensorboard=True)
+
+
 def test_tensorboard_that_is_not_there(base_dir, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(sys.modules, "tensorboard", None)

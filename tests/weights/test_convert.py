@@ -219,11 +219,13 @@ def test_a_disk_without_room_is_found_before_anything_is_written(source, capsys,
     assert [path.name for path in source.iterdir()] == ["7B"]
 
 
-def test_a_disk_that_fills_up_meanwhile_is_one_line(source, capsys, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+@pytest.mark.parametrize("written_by", ["bytes_of", "save_tokenizer"])
+def test_a_disk_that_fills_up_meanwhile_is_one_line(source, capsys, monkeypatch, written_by):
+    def full(file, *folders):
+        copied = [str(file), None, str(folders[0] / "tokenizer.model")] if folders else []  # as shutil names them
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *copied)
 
-    monkeypatch.setattr(safetensors_writer, "bytes_of", full)
+    monkeypatch.setattr(safetensors_writer, written_by, full)
     with pytest.raises(SystemExit) as error:
         convert_folder(source)
     *_, line = capsys.readouterr().err.splitlines()  # below the progress bar
