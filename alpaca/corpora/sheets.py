@@ -64,8 +64,8 @@ def read_workbook(path, columns):
     """Yield (row number, {column: value}) of the sheet of an .xlsx file whose header has one of `columns`.
 
     A value is a str, an int, a float or a bool, as the cell is; a date or a time is a str; None: an empty cell. Empty rows
-    between others are rows too. UserError where no sheet has such a header, or more than one, and for a cell of
-    `columns` whose value is not in the file.
+    between others are rows too, those at the end are not. UserError where no sheet has such a header, or more than one, and
+    for a cell of `columns` whose value is not in the file.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -91,12 +91,16 @@ def read_workbook(path, columns):
             name, last, header, rows = fitting[0]
             check_header(f"{path}, sheet {name}", headers[name])
             titles = {column: str(value).strip() for column, value in header.items() if value is not None}
+            blank = {}  # since the row `last`: what shows nothing in these columns, as where a cell far below has a space
             for number, cells in rows:
-                for blank in range(last + 1, number):
-                    yield blank, dict.fromkeys(titles.values())
-                last = number
                 row = {title: cells.get(column) for column, title in titles.items()}
                 check_values(f"{path}, row {number}", row, columns)
+                if not any(str(value).strip() for value in row.values() if value is not None):
+                    blank[number] = row
+                    continue
+                for between in range(last + 1, number):
+                    yield between, blank.pop(between, None) or dict.fromkeys(titles.values())
+                last = number
                 yield number, row
     except (zipfile.BadZipFile, ElementTree.ParseError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise UserError(f"{path}: not a workbook that can be read ({error}); save the sheet as CSV in UTF-8") from None

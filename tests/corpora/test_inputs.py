@@ -9,6 +9,7 @@ import pytest
 from alpaca.answering.windows import cutter, row_of_text
 from alpaca.common.errors import UserError
 from alpaca.corpora.inputs import read_texts
+from alpaca.corpora.sheets import read_workbook
 from dataset import example_of_input
 
 ROWS = [{"id": 7, "text": "周五上午，程立群到了苏州。"}, {"id": 8, "text": "天气渐渐凉了。"}]
@@ -105,6 +106,20 @@ def test_excel(tmp_path):
     write_workbook(tmp_path / "a.xlsx", "<row>")
     with pytest.raises(UserError, match="a.xlsx: not a workbook that can be read"):
         list(read_texts(tmp_path / "a.xlsx"))
+
+
+def test_a_stray_cell_far_below_makes_no_rows(tmp_path):
+    """Beside the table, or a space in it; a space between others stays where it is."""
+
+    def cell(place, text):
+        row = place.lstrip("ABZ")
+        return f'<row r="{row}"><c r="{place}" t="inlineStr"><is><t>{text}</t></is></c></row>'
+
+    rows = cell("B1", "text") + cell("B2", "天") + cell("B4", " ") + cell("Z5", "x") + cell("B6", "地")
+    for stray in ("", cell("Z1000000", "x"), cell("B1000000", " ")):
+        path = write_workbook(tmp_path / "a.xlsx", rows + stray)
+        numbers, found = zip(*read_workbook(path, ["text"]), strict=True)
+        assert numbers == (2, 3, 4, 5, 6) and [row["text"] for row in found] == ["天", None, " ", None, "地"]
 
 
 def test_cells_of_excel_without_a_value(tmp_path):
