@@ -30,12 +30,12 @@ from alpaca.common.console import progress_or_lines, say
 from alpaca.common.errors import UserError
 from alpaca.common.processes import Processes
 from alpaca.common.text_files import SURROGATE
-from alpaca.corpora.inputs import read_texts
+from alpaca.corpora.inputs import look_through, read_texts
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import check_generation, load_base_tokenizer
 from alpaca.models.facts import with_task
 from config_utils import run_script
-from dataset import ROW_KEYS, example_of_input, task_of
+from dataset import example_of_input, task_of
 
 CONFIG = {
     "data_name": "demo",  # name of the data set: its folder under checkpoint/
@@ -90,25 +90,9 @@ def check(args):
         raise UserError(f"--min_confidence={args.min_confidence}: expected 0 to 1")
 
 
-def look_through(args):
-    """(how many texts there are, whether one has no instruction of its own). All are read once before anything is
-    computed, so that a bad line is found now."""
-    total, blank, taken, without_instruct = 0, 0, set(), False
-    for record in texts_asked_for(args):
-        total += 1
-        without_instruct = without_instruct or not record.get("instruct")
-        blank += not example_of_input(record, "", "")["asks"]
-        taken.update(key for key in ROW_KEYS[2:] if record.get(key) is not None)
-    if blank:
-        say(f"{blank} 行是空的，不提问，结果里各占一行")
-    if taken:
-        say(f"输入的 {'、'.join(sorted(taken))} 与结果的键同名，不写进结果")
-    return total, without_instruct
-
-
 def main(args):
     check(args)
-    total, without_instruct = look_through(args)
+    total, without_instruct = look_through(texts_asked_for(args))  # so that a bad line is found now
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)
     facts = with_task(adapter, facts, args.instruct, args.labels)
     labels, instruct, query_prefix = task_of(facts)

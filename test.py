@@ -35,6 +35,7 @@ from alpaca.common.text_files import read_jsonl
 from alpaca.common.whole_files import written_whole
 from alpaca.models.adapters import find_adapter
 from alpaca.models.base import check_generation, load_base_tokenizer
+from alpaca.models.facts import columns_of
 from alpaca.scoring.calibration import calibration_text
 from alpaca.scoring.metrics import as_answered_perfectly, exact, percents, score, score_table
 from alpaca.scoring.report import write_report
@@ -67,7 +68,6 @@ WRITTEN = {  # metric -> files
     "exact": ("predictions.jsonl", "metrics.json"),
     "none": ("predictions.jsonl",),
 }
-CALLED = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}  # by process.py
 SHOWN = 20  # answers printed as a list, before the table
 
 
@@ -87,9 +87,7 @@ def main(args):
     check(args)
     dev_path = args.dev_path or Path("data") / args.data_name / "instruct_data" / f"{args.split}.txt"
     adapter, train_args, facts = find_adapter(args.data_name, args.lora_model, args.base_model)
-    columns = {
-        name: getattr(args, name) or (getattr(train_args, name) if train_args else CALLED[name]) for name in CALLED
-    }
+    columns = columns_of(args, train_args)
     examples = read_examples(dev_path, **columns)
     own = without_rehearsal(examples) if args.metric == "ner" else examples
     if others := len(examples) - len(own):

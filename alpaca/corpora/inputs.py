@@ -6,12 +6,13 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
+from alpaca.common.console import say
 from alpaca.common.errors import UserError
 from alpaca.common.file_kinds import zip_kind
 from alpaca.common.text_files import parse_json, read_jsonl, read_lines
 from alpaca.corpora.sheets import csv_delimiter, read_csv, read_workbook
 from alpaca.corpora.tagged_columns import split_columns
-from dataset import optional_columns
+from dataset import ROW_KEYS, example_of_input, optional_columns
 
 ASKED = ("text", "query", "instruct")  # the keys or columns that a question is made of; one of them must be there
 FEWEST_TAGGED = 3  # so many first lines that all end in a tag are no texts
@@ -45,6 +46,21 @@ def read_texts(path):
         yield record
     if not asks:
         raise UserError(f"{path}: the file holds only blank lines")
+
+
+def look_through(records):
+    """Read all of read_texts -> (how many there are, whether one has no instruction of its own); say what is left out."""
+    total, blank, taken, without_instruct = 0, 0, set(), False
+    for record in records:
+        total += 1
+        without_instruct = without_instruct or not record.get("instruct")
+        blank += not example_of_input(record, "", "")["asks"]
+        taken.update(key for key in ROW_KEYS[2:] if record.get(key) is not None)
+    if blank:
+        say(f"{blank} 行是空的，不提问，结果里各占一行")
+    if taken:
+        say(f"输入的 {'、'.join(sorted(taken))} 与结果的键同名，不写进结果")
+    return total, without_instruct
 
 
 def records_of(path, begin):

@@ -21,8 +21,10 @@ FACTS = {
     "template": (f"one of {', '.join(NAMES)}", lambda value: value in NAMES),
 }
 OPTIONAL = ("labels", "query_prefix", "text_tokens", "template")  # adapters of earlier versions have none
+# the option that names a column -> the name that process.py gives it
+COLUMN_OPTIONS = {"instruct_column": "instruct", "query_column": "query", "response_column": "answer"}
 SETTINGS = {
-    **dict.fromkeys(("model_dir", "instruct_column", "query_column", "response_column"), str),
+    **dict.fromkeys(("model_dir", *COLUMN_OPTIONS), str),
     "max_seq_length": int,
 }
 
@@ -54,6 +56,12 @@ def read_facts(folder):
                 f'{path}: "config" has no {key} of type {kind.__name__}; get the file again, or train again'
             )
     return train_args, facts
+
+
+def columns_of(args, train_args):
+    """{instruct_column, query_column, response_column: its name}: what args say, else as in training, else process.py's."""
+    own = {key: getattr(train_args, key) if train_args else name for key, name in COLUMN_OPTIONS.items()}
+    return {key: getattr(args, key) or name for key, name in own.items()}
 
 
 def template_of(facts, asked):
