@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from alpaca.answering.memory import free_memory
 from alpaca.models.base_weights import load_base
@@ -82,19 +83,19 @@ def test_lora_of_the_head_beside_captured_layers_has_its_gradient(base_dir, chec
         assert (gradient(model, [batch]) - reference).norm() < 1e-5 * reference.norm()
 
 
-def test_captured_checkpointing_keeps_less(base_dir):
+def test_captured_checkpointing_keeps_less():
     """Between forward and backward, a captured step holds what enters each layer, not what a layer computes."""
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
     loader = TrainLoader(examples(64, 0), 64, 1, make_collate("prefix", 0), seed=1)
     memory = {}
     for checkpointing in (False, True):
-        model = add_lora(load_base(base_dir, torch.float32, "cuda"), lora_settings())
+        model = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).cuda(), lora_settings())
         compile_layers(model, loader, "prefix", 0, True, checkpointing, partial(bind_lora, model), len(loader))
         gradient(model, list(loader))
         pool = model.compiled_layers.pool
         segments = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == tuple(pool)]
         memory[checkpointing] = sum(part["total_size"] for part in segments)
-    print(memory)
-    assert memory[True] < 0.8 * memory[False]
+    assert memory[True] < 0.5 * memory[False]
 
 
 def test_memory_of_a_captured_graph_is_not_free():
