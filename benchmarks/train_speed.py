@@ -64,7 +64,7 @@ CONFIG = {
     "how": ["original", "peft", "sorted", "liger", "none", "plain", "prefix", "trainer"],  # see above
     "gpus": [1],  # numbers of GPUs of this host, see above
     "zero": [1, 2, 3],  # ZeRO stages, with several GPUs
-    "base_weights": ["full"],  # of ours: full | nf4 | fp8 | fp8x1 (fp8, the weights once, transposed for each gradient)
+    "base_weights": ["full"],  # of ours: full | nf4 | fp8
     "memory_gb": [
         0
     ],  # of the cards to imitate: ours get so much GPU memory, less 0.8 GB for the driver; 0: all there is
@@ -152,7 +152,7 @@ def train(args, how, batch, model_dir, work, gpus=1, zero=1, accumulation=1, **h
         *(f"--train_path={work}/train.txt", f"--dev_path={work}/train.txt", "--eval_steps=-1", "--log_steps=5"),
         *(f"--train_batch_size={batch}", f"--gradient_accumulation_steps={accumulation}"),
         *(f"--packing={'prefix' if how == 'trainer' else how}", f"--deepspeed_zero_optimization_stage={zero}"),
-        *(f"--max_steps={2 * args.steps}", f"--base_weights={held.get('base_weights', 'full').removesuffix('x1')}"),
+        *(f"--max_steps={2 * args.steps}", f"--base_weights={held.get('base_weights', 'full')}"),
         *args.options.split(),
     ]
     env = {**os.environ, "NCCL_NVLS_ENABLE": "0"}  # NVLink multicast: not every host lets a process have it

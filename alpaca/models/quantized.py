@@ -12,7 +12,6 @@ from torch import nn
 BLOCK = 64  # weights that share a scale in nf4
 FP8, FP8_MOST = torch.float8_e4m3fn, 448.0
 FP8_MULTIPLE = 16  # the products take no other sizes
-FP8_COPIES = 2  # in training; 2: also transposed, as the gradient's product wants it; 1: transposed each time
 
 
 class QuantizedLinear(nn.Linear):
@@ -118,23 +117,20 @@ nf4_product.register_autograd(_nf4_gradient, setup_context=_keep_inputs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# fp8: e4m3, one scale for each row of the weight and each token
+# fp8: e4m3, one scale for each row of the weight and each token. The gradient's product wants the weight transposed; that is
+# done anew each time: a second copy would make a step of a 7B 4 % faster, and fp8 as large as bf16 (SPEED.md).
 
 
 class Fp8Linear(QuantizedLinear):
     def quantize(self, weight):
         self.eights, scales = to_fp8(weight)
-        self.scales, self.transposed = scales.flatten(), None
-
-    def prepare_gradients(self):
-        """Keep the transposed weight too; answering does without its memory."""
-        self.transposed = self.eights.t().contiguous() if FP8_COPIES == 2 else None
+        self.scales = scales.flatten()
 
     def dequantized(self, dtype):
         return (self.eights.float() * self.scales[:, None]).to(dtype)
 
     def product(self, x):
-        return _Fp8Product.apply(x, self.eights, self.scales, self.transposed)
+        return _Fp8Product.apply(x, self.eights, self.scales)
 
 
 def to_fp8(x):
@@ -147,9 +143,8 @@ class _Fp8Product(torch.autograd.Function):
     """x [..., in] -> [..., out] in bf16. torch.compile looks inside, to make the scaling one with what is before it."""
 
     @staticmethod
-    def forward(ctx, x, eights, scales, transposed):
-        ctx.save_for_backward(eights if transposed is None else transposed, scales)
-        ctx.transposed = transposed is not None
+    def forward(ctx, x, eights, scales):
+        ctx.save_for_backward(eights, scales)
         x8, x_scales = to_fp8(x.reshape(-1, x.shape[-1]))
         product = torch._scaled_mm(
             x8, eights.t(), x_scales, scales[None], out_dtype=torch.bfloat16, use_fast_accum=True
@@ -158,29 +153,28 @@ class _Fp8Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        weight, scales = ctx.saved_tensors
+        eights, scales = ctx.saved_tensors
         # A scale of the weight belongs to an output, over which this product sums: it goes into the gradient first.
         g8, g_scales = to_fp8(gradient.reshape(-1, gradient.shape[-1]) * scales)
-        product = fp8_backward(g8, g_scales, weight, ctx.transposed)
-        return product.view(*gradient.shape[:-1], -1), None, None, None
+        product = fp8_backward(g8, g_scales, eights)
+        return product.view(*gradient.shape[:-1], -1), None, None
 
 
 # Opaque, so that no transposed copy is made in the forward and kept.
 @torch.library.custom_op("alpaca::fp8_backward", mutates_args=())
-def fp8_backward(g8: torch.Tensor, g_scales: torch.Tensor, weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """g8 [rows, out] @ weight [out, in] in bf16; transposed: [in, out]. The cards want the second factor column by column."""
-    if not transposed:
-        weight = _transpose()(weight).view(FP8) if weight.is_cuda else weight.t().contiguous()
-    ones = torch.ones(1, len(weight), device=g8.device)
-    return torch._scaled_mm(g8, weight.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
+def fp8_backward(g8: torch.Tensor, g_scales: torch.Tensor, eights: torch.Tensor) -> torch.Tensor:
+    """g8 [rows, out] @ eights [out, in] in bf16. The cards want the second factor column by column."""
+    transposed = _transpose()(eights).view(FP8) if eights.is_cuda else eights.t().contiguous()
+    ones = torch.ones(1, len(transposed), device=g8.device)
+    return torch._scaled_mm(g8, transposed.t(), g_scales, ones, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 @functools.cache
 def _transpose():
-    """As bytes and compiled: torch's own copy of a 7B's weights takes 39 ms, this one 8 (H200)."""
+    """As bytes and compiled: torch's own copy of all weights of a 7B takes 39 ms, this one 8 (H200)."""
     return torch.compile(lambda eights: eights.view(torch.uint8).t().contiguous(), dynamic=False)
 
 
 @fp8_backward.register_fake
-def _(g8, g_scales, weight, transposed):
-    return g8.new_empty(len(g8), weight.shape[0 if transposed else 1], dtype=torch.bfloat16)
+def _(g8, g_scales, eights):
+    return g8.new_empty(len(g8), eights.shape[1], dtype=torch.bfloat16)

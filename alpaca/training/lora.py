@@ -13,7 +13,6 @@ from alpaca.models.base import check_model_dir
 from alpaca.models.base_files import read_config
 from alpaca.models.base_weights import BASE_WEIGHTS
 from alpaca.models.layers import check_window
-from alpaca.models.quantized import Fp8Linear
 from alpaca.training.cuda_graphs import compile_layers
 from alpaca.training.prefix_tree import PACKINGS
 from alpaca.training.ranges import check_ranges, check_targets
@@ -51,9 +50,6 @@ def check_options(args):
 def add_lora(model, args):
     """The model with fresh LoRA adapters, drawn under args.seed."""
     model.set_attn_implementation("tree")  # tree_attention.py
-    for module in model.modules():
-        if isinstance(module, Fp8Linear):
-            module.prepare_gradients()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     torch.manual_seed(args.seed)
