@@ -43,6 +43,8 @@ def start():
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
     # float32 was asked for: TensorFloat32, which the compiler of CUDA kernels recommends, rounds to 10 bits
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores for float32")
+    # a LoRA on a head that is tied to the embeddings: whatever merges it here gives the head a matrix of its own
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer is part")
     # Of torch's C++ only errors. A run that ends by an error leaves its process group open, and NCCL would remark on that; to
     # close it, a process would wait for others that may never come.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

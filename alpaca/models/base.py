@@ -83,10 +83,7 @@ def load_for_inference(
     if adapter:
         model = attach_adapter(model, adapter)
         if merge and base_weights == "full":
-            layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-            for layer in progress(layers, desc="合并 LoRA", unit="层"):
-                layer.merge()
-            model = model.unload()
+            model = merge_adapter(model)
     return model.eval(), tokenizer
 
 
@@ -127,6 +124,22 @@ def attach_adapter(model, adapter, name="default"):
             llama.get_submodule(target.removesuffix(".weight")).modules_to_save[name].weight.copy_(tensor)
     model.set_adapter(name)
     return model.to(dtype).requires_grad_(False).eval()
+
+
+def merge_adapter(model):
+    """The bare model of a PEFT model, with the LoRA in use added to its weights, and without any other."""
+    causal = model.get_base_model()
+    head = causal.lm_head
+    if isinstance(head, LoraLayer) and head.weight is causal.model.embed_tokens.weight:
+        # tied: PEFT would add the LoRA of the head to the embeddings as well
+        head.base_layer.weight = torch.nn.Parameter(head.weight.clone(), requires_grad=False)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for layer in progress(layers, desc="合并 LoRA", unit="层"):
+        layer.merge()
+    merged = model.unload()
+    # else the next resize of the embeddings would tie them again
+    merged.config.tie_word_embeddings = merged.lm_head.weight is merged.model.embed_tokens.weight
+    return merged
 
 
 def _without_the_bases(adapter, model):

@@ -9,7 +9,7 @@ from alpaca.answering.generate import generate
 from alpaca.answering.memory import free_memory
 from alpaca.common.console import progress
 from alpaca.common.errors import UserError
-from alpaca.models.base import attach_adapter
+from alpaca.models.base import attach_adapter, merge_adapter
 from alpaca.models.base_files import EMBEDDING, read_base
 from alpaca.models.base_weights import load_base
 from alpaca.models.facts import read_facts, template_of
@@ -112,7 +112,7 @@ def _with_adapters(folder, adapters, device):
     model = load_base(folder, torch.float32, device)
     for i, adapter in enumerate(adapters):
         if i:
-            model = model.merge_and_unload()
+            model = merge_adapter(model)
         if EMBEDDING in adapter.saved:
             model.resize_token_embeddings(len(adapter.saved[EMBEDDING]), mean_resizing=False)
         model = attach_adapter(model, adapter.folder)
