@@ -88,6 +88,8 @@ def check_sampling(args):
         raise UserError(f"--temperature={args.temperature}: expected 0 (always the likeliest token) or more")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top_p={args.top_p}: expected more than 0, at most 1")
+    if not 0 <= args.seed < 2**32:
+        raise UserError(f"--seed={args.seed}: expected 0 to 4294967295")
 
 
 def show(texts):

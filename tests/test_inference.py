@@ -448,6 +448,7 @@ def misfits(tmp_path_factory, adapter, base_dir, tokenizer_models):
         ("chat_ner.py", ["--data_file={misfits}/blank.txt"], "blank.txt: the file holds only blank lines"),
         ("chat_ner.py", ["--interactive=False"], "--interactive=False needs --data_file"),
         ("chat_ner.py", ["--top_p=0"], "--top_p=0.0: expected more than 0, at most 1"),
+        ("chat_ner.py", [f"--seed={2**64}"], "--seed=18446744073709551616: expected 0 to 4294967295"),
         ("chat_ner.py", ["--interactiv"], "did you mean --interactive?"),
     ],
 )

@@ -115,7 +115,9 @@ def _check_numbers(settings, path):
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0) if isinstance(zero, dict) else None
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
-        raise UserError(f'{path}: "zero_optimization.stage" must be 0, 1, 2 or 3, got {zero!r}')
+        raise UserError(
+            f'{path}: "zero_optimization.stage" must be 0, 1, 2 or 3, got {zero if stage is None else stage!r}'
+        )
     try:
         lr = settings["optimizer"]["params"]["lr"]
     except (KeyError, TypeError):

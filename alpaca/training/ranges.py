@@ -17,6 +17,9 @@ RANGES = {
     **dict.fromkeys(("save_total_limit", "eval_examples", "deepspeed_gradient_clipping"), NOT_NEGATIVE),
     "deepspeed_optimizer_params_weight_decay": NOT_NEGATIVE,
     **dict.fromkeys(("lora_alpha", "deepspeed_optimizer_params_lr", "deepspeed_optimizer_params_eps"), POSITIVE),
+    # LoRA's weights are one long parameter here (lora.py): Muon, which asks for matrices, would be Adam without a word
+    "deepspeed_optimizer_type": ("Adam or AdamW", lambda value: str(value).lower() in ("adam", "adamw")),
+    "seed": ("0 to 4294967295", lambda value: 0 <= value < 2**32),  # what numpy takes, which Trainer seeds as well
     "lora_dropout": ("0 or more and less than 1", lambda value: 0 <= value < 1),
     "warmup_ratio": ("0 to 1, a share of the steps and not their number", lambda value: 0 <= value <= 1),
     "deepspeed_optimizer_params_betas": (
@@ -43,9 +46,13 @@ def check_targets(targets, model_dir):
     tensors = {name.removesuffix(".weight"): tensor.dim() for name, tensor in mapped_tensors(model_dir)}
     modules = {name for name, dimensions in tensors.items() if dimensions == 2 and "embed" not in name}
     modules |= {"lm_head"}  # which may be tied
+    names = {module.rpartition(".")[2] for module in modules}
+    if not targets:
+        raise UserError(
+            f"--lora_target_modules=: expected names of linear layers; there are {', '.join(sorted(names))}"
+        )
     for target in targets:
         if not any(module == target or module.endswith(f".{target}") for module in modules):
-            names = {module.rpartition(".")[2] for module in modules}
             close = difflib.get_close_matches(target, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(sorted(names))}"
             raise UserError(

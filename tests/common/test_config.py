@@ -449,6 +449,7 @@ def test_deepspeed_option_refused(argv, parts, train, fails):
         ({"bf16": {"enabled": "yes"}}, [], ["bf16", "yes"]),
         ({"gradient_clipping": "auto"}, [], ["gradient_clipping", "--deepspeed_gradient_clipping"]),
         ({"optimizer": {"type": "Adam", "params": {"lr": "best"}}}, [], ["optimizer.params.lr"]),
+        ({}, ["--deepspeed_zero_optimization_stage=4"], ['"zero_optimization.stage" must be 0, 1, 2 or 3, got 4']),
         ({"optimizer": {"type": "Adam", "params": {}}}, [], ["optimizer.params.lr", "learning rate"]),
         ({"gradient": {"clipping": 1}}, [], ["'deepspeed.gradient_clipping'", "'deepspeed.gradient.clipping'"]),
         ({"json_path": "x"}, [], ["'json_path'", "'deepspeed_json_path'"]),

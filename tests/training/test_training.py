@@ -512,6 +512,9 @@ def checked(base_dir, monkeypatch):
         ("warmup_ratio=100", "0 to 1, a share of the steps and not their number"),
         ("warmup_ratio=-0.1", "0 to 1, a share of the steps and not their number"),
         ("max_seq_length=0", "1 or more"),
+        ("lora_target_modules=", "names of linear layers; there are down_proj, gate_proj, k_proj, lm_head, o_proj"),
+        ("seed=-1", "0 to 4294967295"),  # train_trainer ended in a traceback
+        ("deepspeed_optimizer_type=Muon", "Adam or AdamW"),  # it trained with Adam, without a word
         ("save_total_limit=-1", "0 or more"),
         ("eval_steps=-2", "1 or more, or -1"),
         ("deepspeed_optimizer_params_lr=0", "more than 0"),
