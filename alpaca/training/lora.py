@@ -121,6 +121,10 @@ def compile_for_training(model, loader, args, pad_id, device, total_steps):
         return
     recompute, bind = args.gradient_checkpointing, partial(bind_lora, model)
     graphs = not (recompute and args.lora_dropout)  # a graph that computes a layer again would draw another dropout
+    reached = {name.partition(".layers.")[2].partition(".")[0] for name in model.lora_shapes if ".layers." in name}
+    if graphs and len(reached) < model.config.num_hidden_layers:  # a graph's backward wants a gradient from each layer
+        say(f"不编译: {model.config.num_hidden_layers} 层里只有 {len(reached)} 层有 LoRA，每层都有时才能编译")
+        return
     lengths, complete = compile_layers(model, loader, args.packing, pad_id, graphs, recompute, bind, total_steps)
     counted = "数过全部的行" if complete else "数过一部分的行，遇到更长的会再编译"
     say(f"编译各层，行长 {', '.join(map(str, lengths))}（{counted}）；每种行长第一次出现时要等编译")

@@ -33,7 +33,7 @@ from alpaca.training.adapter_writer import BestScore
 from alpaca.training.batches import TrainLoader
 from alpaca.training.checkpoints import checkpoint_to_resume
 from alpaca.training.evaluate import evaluate_f1
-from alpaca.training.lora import add_lora, check_options, for_answers
+from alpaca.training.lora import add_lora, check_options, compile_for_training, for_answers
 from alpaca.training.loss import answer_loss, evaluate_loss
 from alpaca.training.prefix_tree import make_collate, pad_batch
 from alpaca.training.run_log import TrainLog, series_of
@@ -96,6 +96,16 @@ def test_a_fresh_lora_is_what_the_options_say(base_dir):
     assert {name.split(".")[-4] for name in first.lora_shapes} == {"q_proj", "o_proj", "down_proj"}
     config = fresh(lora_r=3, lora_alpha=5, lora_dropout=0.3, lora_target_modules=["v_proj"]).peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout, config.target_modules) == (3, 5, 0.3, {"v_proj"})
+
+
+@pytest.mark.parametrize("targets, reached", [(["lm_head"], 0), (["1.mlp.up_proj", "lm_head"], 1)])
+def test_layers_are_not_captured_where_some_have_no_lora(base_dir, capsys, targets, reached):
+    """It failed while compiling, for a reason that said nothing, at the first step."""
+    settings = lora_settings(lora_target_modules=targets)
+    settings.compile, settings.packing = "auto", "prefix"
+    model = add_lora(load_base(base_dir, torch.float32, "cpu"), settings)
+    compile_for_training(model, None, settings, 0, torch.device("cuda"), 1)
+    assert model.compiled_layers is None and f"不编译: 2 层里只有 {reached} 层有 LoRA" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(base_dir, examples):
