@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from alpaca.training.loss import answer_loss
 from alpaca.training.run import Run
-from alpaca.training.steps import end_by_signal, seed_step, use_settings
+from alpaca.training.steps import begin_at_step_0, end_by_signal, seed_step, use_settings
 from config_utils import run_script
 
 CONFIG = {
@@ -91,6 +91,8 @@ def train(run, model):
         engine.load_checkpoint(str(run.resume_from.parent), tag=run.resume_from.name, load_module_strict=False)
         use_settings(engine.optimizer, scheduler, run.settings)
         step = engine.global_steps
+    else:
+        begin_at_step_0(engine.optimizer)
     run.begin(step)
     loss_sum, at_step_end = 0.0, True
     while step < run.total_steps:

@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from alpaca.training.checkpoints import step_of
 from alpaca.training.loss import answer_loss
 from alpaca.training.run import Run
-from alpaca.training.steps import end_by_signal, seed_step, use_settings
+from alpaca.training.steps import begin_at_step_0, end_by_signal, seed_step, use_settings
 from config_utils import run_script
 
 CONFIG = {
@@ -145,6 +145,8 @@ class LogCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         if self.run.resume_from:  # which is loaded now; the wrappers are accelerate's
             use_settings(optimizer.optimizer, lr_scheduler.scheduler, self.run.settings)
+        else:
+            begin_at_step_0(optimizer.optimizer)
         self.run.begin(state.global_step)
 
     def on_step_begin(self, args, state, control, lr_scheduler=None, **kwargs):

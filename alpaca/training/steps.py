@@ -51,6 +51,15 @@ def use_settings(optimizer, scheduler, settings):
         optimizer.clip_grad = settings.get("gradient_clipping", 0.0)
 
 
+def begin_at_step_0(optimizer):
+    """Let the Adam of a fresh run begin with nothing. optimizer: DeepSpeed's or torch's.
+
+    For ZeRO 0 in half precision DeepSpeed makes Adam's state by a step with gradients of 0. The bias correction counts it,
+    so that the first real step would go 0.74 of the learning rate, and later ones too little as well.
+    """
+    getattr(optimizer, "optimizer", optimizer).state.clear()
+
+
 def seed_step(seed, step, rank):
     """Draw dropout from (seed, step, rank) alone, so that a resumed run needs no generator's state."""
     torch.manual_seed(random.Random(f"{seed}-{step}-{rank}").getrandbits(63))

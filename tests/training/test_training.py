@@ -437,6 +437,18 @@ def test_f1_in_training_is_that_of_test(workspace, base_dir, tmp_path, monkeypat
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_the_first_step_goes_the_learning_rate(base_dir, instruct_data, tmp_path, trainer):
+    """As Adam's does, also at ZeRO 0 in half precision, where DeepSpeed has made a step of its own before."""
+    options = [f"--{name}_path={instruct_data}/{name}.txt" for name in ("train", "dev")]
+    options += [f"--model_dir={base_dir}", "--save_dir=run", "--precision=bf16", "--max_steps=1", "--eval_steps=-1"]
+    options += ["--deepspeed_zero_optimization_stage=0", "--deepspeed_optimizer_params_lr=1e-3", "--warmup_ratio=0"]
+    run_script(f"{trainer}.py", *options, "--lora_target_modules=lm_head", cwd=tmp_path)
+    tensors = load_file(tmp_path / "run" / "adapter_model" / "adapter_model.safetensors")
+    moved = tensors["base_model.model.lm_head.lora_B.weight"].float().abs().mean().item()
+    assert moved == pytest.approx(1e-3, rel=0.01)
+
+
 def test_what_can_be_resumed(tmp_path):
     for step, marker in ((5, "complete"), (10, "complete"), (15, "half")):
         (tmp_path / f"checkpoint-{step}").mkdir()
