@@ -40,5 +40,5 @@ def line_of(error):
 def fail(error):
     """Print `error: …` as one line on stderr and exit with code 2."""
     # On every rank: the launcher kills the others as soon as one exits, so rank 0 alone might never get to say it.
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")  # at once: other ranks write to the same place
     raise SystemExit(2) from None

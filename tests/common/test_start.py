@@ -2,7 +2,11 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import pytest
+
+from alpaca.common.errors import UserError, fail
 from harness import ROOT
 
 ASKED = """
@@ -21,3 +25,12 @@ print(os.environ["TORCH_CPP_LOG_LEVEL"], torch.backends.cuda.cudnn_sdp_enabled()
 def test_attention_does_not_go_to_cudnn_and_the_libraries_are_quiet():
     result = subprocess.run([sys.executable, "-c", ASKED], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.stdout.split(), result.stderr) == (["ERROR", "False", "True"], "")
+
+
+def test_an_error_is_written_at_once(monkeypatch):
+    """In pieces, those of two ranks that end together would be mixed up."""
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append))
+    with pytest.raises(SystemExit):
+        fail(UserError("a.txt: line 1:\nno JSON"))
+    assert written == ["error: a.txt: line 1: no JSON\n"]
