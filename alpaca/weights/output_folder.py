@@ -117,7 +117,8 @@ def _move(work, path, kind):
 
 def clear(work):
     """Delete what a killed run left in `work`; a folder of this name that holds anything else is somebody's own."""
-    ours = (*LAST.values(), *WEIGHTS["huggingface"], *WEIGHTS["pth"], *OTHERS, *OF_A_LORA)
+    unfinished = [f"{name}.new" for name in OTHERS]  # what written_whole had begun
+    ours = (*LAST.values(), *WEIGHTS["huggingface"], *WEIGHTS["pth"], *OTHERS, *OF_A_LORA, *unfinished)
     foreign = [file for file in work.glob("*") if not any(file.match(pattern) for pattern in ours)]
     if foreign or (work.exists() and not work.is_dir()):
         raise UserError(f"{foreign[0] if foreign else work}: is where the model is to be written; move it away")
