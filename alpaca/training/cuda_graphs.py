@@ -163,9 +163,8 @@ class CompiledLayers:
                         self._make_mask(length, hidden_states.device)
                         longer = (0, 0, 0, length - self.length)
                         self.graphed[length] = self._compiled(length, [pad(tensor, longer) for tensor in inputs])
-                self.bind(
-                    self.model.lora
-                )  # LoRA outside the layers, such as lm_head's, is not computed with what they captured
+                # what stands outside the layers, such as the LoRA of lm_head, computes with the model's own parameter
+                self.bind(self.model.lora)
             self.proven = True
         return _Replay.apply(self.graphed[self.length], *inputs, self.model.lora)
 
